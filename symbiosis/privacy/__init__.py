@@ -1,0 +1,1 @@
+"""How rows are hidden, what left (the ledger), and how both are checked."""

@@ -1,0 +1,1 @@
+"""The host: frozen weights, executor, service and the Flower ServerApp."""

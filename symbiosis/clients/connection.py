@@ -1,0 +1,94 @@
+"""`connect`: from an address and an identity to a `Base`."""
+
+from __future__ import annotations
+
+import secrets
+from datetime import UTC, datetime
+from pathlib import Path
+
+from symbiosis.clients.base import Base
+from symbiosis.clients.gate import EgressGate
+from symbiosis.clients.session import Session
+from symbiosis.errors import ConfigurationError, UnsupportedError
+from symbiosis.privacy.ledger import Ledger
+from symbiosis.privacy.mechanism import Mechanism, resolve_mechanism
+from symbiosis.protocols.grpc_client import GrpcTransport
+from symbiosis.protocols.identity import tenant_of
+from symbiosis.protocols.identity_directory import load_credentials
+from symbiosis.protocols.transcript import TranscriptWriter
+
+DEFAULT_CACHE = Path("~/.cache/symbiosis")
+
+
+def connect(
+    address: str,
+    *,
+    identity: str | Path,
+    privacy: str | Mechanism = "plaintext",
+    helper: str | None = None,
+    record: str | Path | None = None,
+    ledger: str | Path | None = None,
+    base: str | Path | None = None,
+    cache: str | Path | None = DEFAULT_CACHE,
+    reply_timeout_s: float = 120.0,
+) -> Base:
+    """Connect to a host.
+
+    Args:
+        address: `host:port`.
+        identity: directory with the tenant's `tenant.key`, `tenant.pem` and the host's `ca.pem`.
+        privacy: a mode's name, or a configured mechanism. Only `"plaintext"` exists in this version, which hides
+            nothing from the host.
+        helper: address of a second host; only modes that need one take it, and none does in this version.
+        record: an existing, empty directory for a recording of what the host sees.
+        ledger: file to continue or begin; by default a new one per session in `identity/ledgers`.
+        base: a local directory of the same base, to read the tenant's half from instead of fetching it.
+        cache: directory where fetched tensors and files are kept by digest; `None` keeps nothing.
+        reply_timeout_s: how long to wait for an answer (seconds).
+
+    Raises:
+        CertificateError: the identity cannot be used, or one side does not accept the other's certificate.
+        HostUnavailableError: nobody answers at `address`.
+        ConfigurationError: another argument cannot be used; the message says which.
+        SymbiosisError: as the host says.
+    """
+    mechanism = resolve_mechanism(privacy)
+    if helper is not None:
+        raise UnsupportedError(f"the privacy mode {mechanism.name!r} uses no helper", "Leave `helper` out")
+    _check_address(address)
+    folder = Path(identity).expanduser()
+    credentials = load_credentials(folder)
+    transcript = TranscriptWriter(record) if record is not None else None
+    book = Ledger.open(_ledger_path(folder, ledger), tenant=tenant_of(credentials.certificate_pem))
+    try:
+        transport = GrpcTransport(address, credentials, reply_timeout_s=reply_timeout_s)
+        try:
+            session = Session(transport, EgressGate(book, destination=address, transcript=transcript), mechanism)
+        except BaseException:
+            transport.close()
+            raise
+    except BaseException:
+        book.close()
+        raise
+    return Base(
+        session,
+        book,
+        identity=folder,
+        cache=Path(cache).expanduser() if cache is not None else None,
+        local=Path(base).expanduser() if base is not None else None,
+    )
+
+
+def _check_address(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConfigurationError(f"{address!r} is not an address", "Write it as host:port, for example 10.0.0.7:8443")
+
+
+def _ledger_path(identity: Path, ledger: str | Path | None) -> Path:
+    if ledger is not None:
+        return Path(ledger).expanduser()
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    folder = identity / "ledgers"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder / f"{stamp}-{secrets.token_hex(4)}.jsonl"

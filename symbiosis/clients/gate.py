@@ -1,0 +1,157 @@
+"""The egress gate: the only door through which anything leaves a tenant. It checks, enters into the ledger, records.
+
+The rules of custody, numbered where they are enforced (docs/custody.md says what each one is for):
+
+1. only declared kinds of messages leave: hello, call, fetch, and Flower messages of whitelisted scalars;
+2. a call's layers, row width, dtype and finiteness agree with the host's manifest;
+3. a call's payload is its rows and nothing else, byte for byte;
+4. message numbers increase, so that none is ever used twice;
+5. a fetch names only what the manifest publishes;
+6. what cannot be entered into the ledger does not leave.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+
+from symbiosis.errors import CustodyError
+from symbiosis.privacy.ledger import Ledger
+from symbiosis.protocols.canonical import canonical_json, sha256_hex
+from symbiosis.protocols.codec import Encoded, Request
+from symbiosis.protocols.manifest import Manifest, Publish
+from symbiosis.protocols.messages import BlobKind, Call, Fetch, Hello, check_rows, dtype_name
+from symbiosis.protocols.transcript import TranscriptWriter
+
+Scalar = bool | int | float | str
+
+
+class EgressGate:
+    """One tenant's gate, in front of one ledger. Thread-safe.
+
+    Args:
+        ledger: where everything that leaves is entered.
+        destination: the host's address or `flower`, as the ledger writes it.
+        transcript: where the rows are recorded too, if anywhere.
+    """
+
+    def __init__(self, ledger: Ledger, *, destination: str, transcript: TranscriptWriter | None = None) -> None:
+        self._ledger = ledger
+        self._destination = destination
+        self._transcript = transcript
+        self._last_number = 0
+        self._lock = threading.Lock()
+
+    def admit(self, request: Request, encoded: Encoded, manifest: Manifest | None) -> None:
+        """Let a message of the stream leave, or refuse it.
+
+        Args:
+            request: the message.
+            encoded: the bytes that will be sent.
+            manifest: the host's manifest; `None` before it was fetched.
+
+        Raises:
+            CustodyError: a rule is broken; nothing was entered and nothing may be sent.
+            ProtocolError: rows that the manifest does not take, as `check_rows` and `Manifest.widths` say.
+            LedgerError: the entry cannot be written (rule 6).
+        """
+        with self._lock:
+            match request:
+                case Hello():
+                    self._enter("hello", encoded, digest=sha256_hex(encoded.header))
+                case Fetch():
+                    self._check_number(request.number)
+                    _check_fetch(request, manifest)
+                    detail = {"kind": request.kind.value, "name": request.name}
+                    self._enter("fetch", encoded, digest=sha256_hex(encoded.header), detail=detail)
+                case Call():
+                    self._check_number(request.number)
+                    self._admit_call(request, encoded, manifest)
+                case _:
+                    raise CustodyError(f"a message of kind {type(request).__name__} may not leave")  # rule 1
+
+    def admit_flower(self, record: Mapping[str, Scalar | bytes], *, allowed: frozenset[str]) -> None:
+        """Let a Flower message leave, or refuse it.
+
+        Args:
+            record: every value of the message by name.
+            allowed: the names that may leave. Bytes and long texts may leave under the name `csr` alone.
+
+        Raises:
+            CustodyError: a name that is not whitelisted, or a value that is no scalar.
+            LedgerError: the entry cannot be written.
+        """
+        for name, value in record.items():
+            if name not in allowed:
+                raise CustodyError(f"a Flower message may not carry {name!r}", "Only whitelisted scalars leave")  # rule 1
+            if name != "csr" and not isinstance(value, bool | int | float) and not _short_text(value):
+                raise CustodyError(f"a Flower message may not carry a {type(value).__name__} as {name!r}")  # rule 1
+        data = canonical_json({name: _plain(value) for name, value in record.items()})
+        with self._lock:
+            self._ledger.append(
+                kind="flower",
+                digest=sha256_hex(data),
+                bytes=len(data),
+                messages=1,
+                destination="flower",
+                detail={"names": ",".join(sorted(record))},
+            )
+
+    def close(self) -> None:
+        """Close the recording; the ledger belongs to whoever opened it."""
+        if self._transcript is not None:
+            self._transcript.close()
+
+    def _admit_call(self, call: Call, encoded: Encoded, manifest: Manifest | None) -> None:
+        if manifest is None:
+            raise CustodyError("rows may not leave before the host's manifest is known", "Open the session first")
+        width, _ = manifest.widths(call.layers, call.direction)
+        check_rows(call.rows, width=width)  # rule 2
+        if len(encoded.payload) != call.rows.numel() * call.rows.element_size():
+            raise CustodyError("a call's payload is not its rows")  # rule 3
+        layers = tuple(manifest.layers[position].name for position in call.layers)
+        if self._transcript is not None:
+            self._transcript.write(layers=layers, direction=call.direction, rows=call.rows)
+        self._enter(
+            "call",
+            encoded,
+            digest=sha256_hex(encoded.payload),
+            layers=layers,
+            direction=call.direction.value,
+            shape=tuple(call.rows.shape),
+            dtype=dtype_name(call.rows.dtype),
+        )
+
+    def _check_number(self, number: int) -> None:
+        if number <= self._last_number:
+            raise CustodyError(f"message number {number} was used before")  # rule 4
+        self._last_number = number
+
+    def _enter(self, kind: str, encoded: Encoded, **fields: object) -> None:
+        self._ledger.append(
+            kind=kind,
+            bytes=encoded.byte_count,
+            messages=encoded.chunk_count,
+            destination=self._destination,
+            **fields,  # type: ignore[arg-type]
+        )
+
+
+def _check_fetch(fetch: Fetch, manifest: Manifest | None) -> None:
+    if fetch.kind is BlobKind.MANIFEST:
+        return
+    published = manifest is not None and (
+        (fetch.kind is BlobKind.FILE and manifest.file(fetch.name) is not None)
+        or (fetch.kind is BlobKind.TENSOR and fetch.name in {tensor.name for tensor in manifest.tensors})
+        or (manifest.publish is Publish.ALL and fetch.name in {layer.name for layer in manifest.layers})
+    )
+    if not published:
+        raise CustodyError(f"{fetch.name!r} is not what the host publishes")  # rule 5
+
+
+def _short_text(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= 256
+
+
+def _plain(value: Scalar | bytes) -> Scalar:
+    return value.decode("ascii", errors="replace") if isinstance(value, bytes) else value

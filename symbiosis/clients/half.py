@@ -1,0 +1,138 @@
+"""The tenant's half of a base: what it computes itself. Fetched once, checked by digest, cached by digest."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+from symbiosis.clients.session import Session
+from symbiosis.clients.siblings import Multiplier
+from symbiosis.errors import FrameError, PolicyError, UnknownBaseError
+from symbiosis.protocols.canonical import sha256_hex
+from symbiosis.protocols.manifest import Layer, Manifest, PublishedTensor, require_published
+from symbiosis.protocols.messages import BlobKind, dtype_name
+from symbiosis.protocols.tensors import byte_count, stored_dtype, tensor_digest
+
+_SAFETENSORS_HEADER_BYTES = 64 << 10
+
+
+class TenantHalf:
+    """Published tensors and files of one base, and `WeightSource` of its remote weights.
+
+    Args:
+        multiplier: products with hosted weights.
+        cache: directory for what was fetched, shared between bases and sessions; `None` keeps nothing.
+        local: directory of the same base; tensors are read from it instead of being fetched.
+    """
+
+    def __init__(self, multiplier: Multiplier, *, cache: Path | None, local: Path | None) -> None:
+        self.multiplier = multiplier
+        self._session: Session = multiplier.session
+        self._manifest: Manifest = multiplier.manifest
+        self._cache = cache
+        self._local = _local_tensors(local, self._manifest) if local is not None else None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._downloads: dict[str, torch.Tensor] = {}
+
+    @property
+    def downloaded(self) -> tuple[str, ...]:
+        """Hosted weights whose numbers were needed and downloaded."""
+        return tuple(self._downloads)
+
+    def tensor(self, entry: PublishedTensor) -> torch.Tensor:
+        """A published tensor, a copy of the tenant's own.
+
+        Raises:
+            FrameError: what came is not what the manifest describes.
+            UnknownBaseError: the local base has another tensor of that name, or none.
+        """
+        if self._local is not None:
+            found = self._local.get(entry.name)
+            if found is None or tensor_digest(found) != entry.digest:
+                raise UnknownBaseError(
+                    f"the local base has no {entry.name} like the host's", "Give the directory of the very same base"
+                )
+            return found.clone()
+        data = self._cached(entry.digest + ".safetensors", lambda: self._fetch_tensor(entry.name, entry.byte_count))
+        return _read_tensor(data, name=entry.name, shape=entry.shape, dtype=entry.dtype, digest=entry.digest)
+
+    def download(self, name: str) -> torch.Tensor:
+        """A hosted weight whole; see `WeightSource.download`."""
+        if name not in self._downloads:
+            require_published(self._manifest, name)
+            layer = self._manifest.layers[self._manifest.position(name)]
+            data = self._fetch_tensor(name, byte_count(layer.shape, stored_dtype(layer.dtype)))
+            self._downloads[name] = _read_layer(data, layer)
+        return self._downloads[name]
+
+    def files_directory(self) -> Path:
+        """A directory with the base's configuration and tokenizer files, as `from_pretrained` wants them."""
+        if self._scratch is None:
+            self._scratch = tempfile.TemporaryDirectory(prefix="symbiosis-base-")
+            for file in self._manifest.files:
+                data = self._cached(file.digest, lambda name=file.name, count=file.byte_count: self._fetch_file(name, count))  # type: ignore[misc]
+                if sha256_hex(data) != file.digest:
+                    raise FrameError(f"the host's file {file.name} is not the one in its manifest", "Connect again")
+                (Path(self._scratch.name) / file.name).write_bytes(data)
+        return Path(self._scratch.name)
+
+    def close(self) -> None:
+        """Remove what was written for this session; the cache stays."""
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+    def _fetch_tensor(self, name: str, count: int) -> bytes:
+        return self._session.fetch(BlobKind.TENSOR, name, max_bytes=count + _SAFETENSORS_HEADER_BYTES)
+
+    def _fetch_file(self, name: str, count: int) -> bytes:
+        return self._session.fetch(BlobKind.FILE, name, max_bytes=count)
+
+    def _cached(self, key: str, fetch: Callable[[], bytes]) -> bytes:
+        if self._cache is None:
+            return fetch()
+        path = self._cache / key
+        if path.is_file():
+            return path.read_bytes()
+        data = fetch()
+        self._cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=self._cache, delete=False) as file:
+            file.write(data)
+        os.replace(file.name, path)
+        return data
+
+
+def _read_layer(data: bytes, layer: Layer) -> torch.Tensor:
+    return _read_tensor(data, name=layer.name, shape=layer.shape, dtype=layer.dtype, digest=layer.digest)
+
+
+def _read_tensor(data: bytes, *, name: str, shape: tuple[int, ...], dtype: str, digest: str) -> torch.Tensor:
+    try:
+        tensor = safetensors.torch.load(data)["tensor"]
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise FrameError(f"the host's {name} is not a safetensors file", "Connect again, or clear the cache") from error
+    if tuple(tensor.shape) != shape or dtype_name(tensor.dtype) != dtype or tensor_digest(tensor) != digest:
+        raise FrameError(f"the host's {name} is not the one in its manifest", "Connect again, or clear the cache")
+    return tensor
+
+
+def _local_tensors(folder: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
+    """The named tensors of a local copy of the base, under the names that the host uses."""
+    import transformers  # noqa: PLC0415 - slow
+
+    if not folder.is_dir():
+        raise UnknownBaseError(f"there is no directory {str(folder)!r}", "Give the directory of the base")
+    model_class = getattr(transformers, manifest.architecture, None)
+    if model_class is None:
+        raise PolicyError(f"this transformers has no {manifest.architecture}", "Install the host's release of it")
+    try:
+        model = model_class.from_pretrained(folder, dtype="auto", use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise UnknownBaseError(f"the base in {str(folder)!r} cannot be loaded: {error}", "Check the directory") from error
+    wanted = {tensor.name for tensor in manifest.tensors}
+    return {name: tensor for name, tensor in model.state_dict().items() if name in wanted}

@@ -1,0 +1,324 @@
+"""`RemoteWeight`: a tensor that lives elsewhere. Multiplying rows by it is a call; reading its numbers is an error.
+
+It stands in a Hugging Face module where the frozen `nn.Parameter` stood: it has shape, dtype and device but no storage.
+No module is replaced and no architecture is named, so PEFT, `Trainer` and `generate` meet the model that they expect.
+
+What it does, in the order in which an operation meets it:
+
+1. a product with rows (`F.linear`, `matmul`, `mm`, `addmm`) is a call to the host;
+2. an operation that only moves it about (`t`, `detach`, `clone`, dtype or device) gives another remote weight;
+3. an operation that would write to it, or make it trainable, raises `RemoteWeightError`;
+4. anything else needs its numbers: they are downloaded whole where the host's policy allows it, and the download is
+   logged; otherwise `RemoteWeightError` says so.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, Self
+
+import torch
+import torch.nn.functional as F
+from torch.utils._pytree import tree_map_only
+
+from symbiosis.clients.siblings import Multiplier
+from symbiosis.errors import PolicyError, RemoteWeightError
+from symbiosis.protocols.manifest import Layer, Orientation
+from symbiosis.protocols.messages import Direction
+
+_log = logging.getLogger(__name__)
+_aten = torch.ops.aten
+
+
+class WeightSource(Protocol):
+    """Where the numbers of a hosted weight can be had, if at all."""
+
+    multiplier: Multiplier
+
+    def download(self, name: str) -> torch.Tensor:
+        """The whole weight, as stored.
+
+        Raises:
+            PolicyError: the host does not publish it.
+        """
+        ...
+
+
+class RemoteWeight(torch.Tensor):
+    """A frozen two-dimensional weight at the host; see the module's docstring.
+
+    Args:
+        source: products and, where the policy allows, the numbers.
+        layer: the weight's entry in the manifest.
+        dtype: dtype that the model sees; the host multiplies in the wider of this and its own.
+        device: device that the model sees; answers come back to the device of the rows.
+        transposed: whether this is the stored weight's transpose.
+    """
+
+    _source: WeightSource
+    _layer: Layer
+    _transposed: bool
+
+    @staticmethod
+    def __new__(
+        cls,
+        source: WeightSource,
+        layer: Layer,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        transposed: bool = False,
+    ) -> RemoteWeight:
+        rows, columns = layer.shape
+        sizes, strides = ((columns, rows), (1, columns)) if transposed else ((rows, columns), (columns, 1))
+        weight: RemoteWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, sizes, strides=strides, dtype=dtype, device=torch.device(device), requires_grad=False
+        )
+        weight._source = source
+        weight._layer = layer
+        weight._transposed = transposed
+        # Modules register it as a parameter, and loading code does not wrap it again.
+        weight._is_param = True  # type: ignore[attr-defined]
+        return weight
+
+    @property
+    def name_at_host(self) -> str:
+        """Full name of the weight in the host's manifest."""
+        return self._layer.name
+
+    def multiply(self, rows: torch.Tensor, *, transposed: bool) -> torch.Tensor:
+        """`rows @ W`, or `rows @ Wᵀ` if `transposed`; shape `(..., width)`, dtype and device of `rows`."""
+        # Stored as (out, in), `rows @ storedᵀ` is the layer's forward; stored as (in, out), `rows @ stored` is.
+        stored_transposed = transposed != self._transposed
+        is_forward = stored_transposed == (self._layer.orientation is Orientation.OUT_IN)
+        direction = Direction.FORWARD if is_forward else Direction.BACKWARD
+        if torch.is_autocast_enabled(rows.device.type):
+            rows = rows.to(torch.get_autocast_dtype(rows.device.type))
+        return self._source.multiplier.multiply(rows, self._layer.name, direction)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Rules 1 and 3, at the level of public functions; the rest goes on to `__torch_dispatch__`."""
+        kwargs = kwargs or {}
+        handler = _FUNCTIONS.get(func)
+        if handler is not None:
+            result = handler(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Rules 2 to 4, at the level of ATen operators."""
+        kwargs = kwargs or {}
+        mover = _MOVES.get(func)
+        if mover is not None and isinstance(args[0], RemoteWeight):
+            return mover(*args, **kwargs)
+        if func in _FACTORIES:
+            args, kwargs = tree_map_only(RemoteWeight, _stand_in, (args, kwargs))
+            return func(*args, **kwargs)
+        if func._schema.is_mutable:
+            _refuse_writing(func, args, kwargs)
+        args, kwargs = tree_map_only(RemoteWeight, lambda weight: weight._download(func), (args, kwargs))
+        return func(*args, **kwargs)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Frozen it is and frozen it stays.
+
+        Raises:
+            RemoteWeightError: `requires_grad` is true.
+        """
+        if requires_grad:
+            raise _trainable(self)
+        return self
+
+    def share_memory_(self) -> Self:
+        """There is no memory to share.
+
+        Raises:
+            RemoteWeightError: always.
+        """
+        raise RemoteWeightError(f"{self._layer.name} lives at the host and has no memory to share", _AT_HOST)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteWeight:
+        copy = self._like()
+        memo[id(self)] = copy
+        return copy
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise RemoteWeightError(
+            f"{self._layer.name} lives at the host and cannot be saved or sent",
+            "Save the adapter (`save_pretrained` of the PEFT model), not the base",
+        )
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"RemoteWeight({self._layer.name}, shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    def _like(
+        self, *, dtype: torch.dtype | None = None, device: torch.device | None = None, flip: bool = False
+    ) -> RemoteWeight:
+        if device is not None and device.type == "meta":
+            raise RemoteWeightError(f"{self._layer.name} lives at the host and cannot move to `meta`", _AT_HOST)
+        return RemoteWeight(
+            self._source,
+            self._layer,
+            dtype=dtype or self.dtype,
+            device=device or self.device,
+            transposed=self._transposed != flip,
+        )
+
+    def _download(self, func: Any) -> torch.Tensor:
+        try:
+            stored = self._source.download(self._layer.name)
+        except PolicyError as error:
+            raise RemoteWeightError(
+                f"{func} needs the numbers of {self._layer.name}, which lives at the host", error.next_action + _MERGE
+            ) from error
+        _log.info("%s needs the numbers of %s: downloaded", func, self._layer.name)
+        stored = stored.to(dtype=self.dtype, device=self.device)
+        return stored.T if self._transposed else stored
+
+
+_AT_HOST = "Only the host holds its numbers; multiply rows by it, or load the base locally"
+_MERGE = ". To merge an adapter, load it on the full base with `PeftModel.from_pretrained` and merge there"
+
+
+def is_remote(tensor: object) -> bool:
+    """Whether `tensor` is a weight that lives at the host."""
+    return isinstance(tensor, RemoteWeight)
+
+
+def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:  # noqa: A002
+    if is_remote(input) or is_remote(bias) or not isinstance(weight, RemoteWeight):
+        return NotImplemented
+    result = weight.multiply(input, transposed=True)
+    return result if bias is None else result + bias.to(result.dtype)
+
+
+def _matmul(left: torch.Tensor, right: torch.Tensor) -> Any:
+    if isinstance(right, RemoteWeight) and not is_remote(left):
+        return right.multiply(left, transposed=False)
+    if isinstance(left, RemoteWeight) and not is_remote(right) and right.dim() >= 2:
+        return left.multiply(right.mT, transposed=True).mT
+    return NotImplemented
+
+
+def _rmatmul(right: torch.Tensor, left: torch.Tensor) -> Any:
+    return _matmul(left, right)
+
+
+def _addmm(
+    input: torch.Tensor,  # noqa: A002
+    mat1: torch.Tensor,
+    mat2: torch.Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+) -> Any:
+    result = NotImplemented if is_remote(input) else _matmul(mat1, mat2)
+    if result is NotImplemented:
+        return result
+    scaled = result if alpha == 1 else result * alpha
+    return scaled + (input if beta == 1 else input * beta).to(result.dtype)
+
+
+def _set_requires_grad(weight: torch.Tensor, requires_grad: bool) -> Any:
+    if isinstance(weight, RemoteWeight) and requires_grad:
+        raise _trainable(weight)
+    return NotImplemented
+
+
+def _set_data(weight: torch.Tensor, value: torch.Tensor) -> Any:
+    if isinstance(weight, RemoteWeight) and not is_remote(value):
+        raise _written(weight)
+    return NotImplemented
+
+
+def _trainable(weight: RemoteWeight) -> RemoteWeightError:
+    return RemoteWeightError(
+        f"{weight._layer.name} is frozen at the host and cannot be trained",
+        "Train an adapter beside it (PEFT), or local parameters: those for which `is_remote` is false",
+    )
+
+
+def _written(weight: RemoteWeight) -> RemoteWeightError:
+    return RemoteWeightError(f"{weight._layer.name} is frozen at the host and cannot be written" + _MERGE, _AT_HOST)
+
+
+def _refuse_writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for argument, value in zip(func._schema.arguments, args, strict=False):
+        if argument.is_write and isinstance(value, RemoteWeight):
+            raise _written(value)
+    for argument in func._schema.arguments:
+        value = kwargs.get(argument.name)
+        if argument.is_write and isinstance(value, RemoteWeight):
+            raise _written(value)
+
+
+def _to_copy(
+    weight: RemoteWeight, *, dtype: torch.dtype | None = None, device: torch.device | None = None, **_: Any
+) -> RemoteWeight:
+    return weight._like(dtype=dtype, device=device)
+
+
+def _same(weight: RemoteWeight, **_: Any) -> RemoteWeight:
+    return weight._like()
+
+
+def _transpose(weight: RemoteWeight, first: int = 0, second: int = 1) -> RemoteWeight:
+    return weight._like(flip=first % 2 != second % 2)
+
+
+def _stand_in(weight: RemoteWeight) -> torch.Tensor:
+    """A tensor of the same shape, dtype and device that takes no memory, for functions that read nothing else."""
+    return torch.empty((), dtype=weight.dtype, device=weight.device).expand(weight.shape)
+
+
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    F.linear: _linear,
+    torch.matmul: _matmul,
+    torch.mm: _matmul,
+    torch.Tensor.matmul: _matmul,
+    torch.Tensor.mm: _matmul,
+    torch.Tensor.__matmul__: _matmul,
+    torch.Tensor.__rmatmul__: _rmatmul,
+    torch.addmm: _addmm,
+    torch.Tensor.addmm: _addmm,
+    torch.Tensor.requires_grad.__set__: _set_requires_grad,  # type: ignore[attr-defined]
+    torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
+}
+_MOVES: dict[Any, Callable[..., RemoteWeight]] = {
+    _aten.detach.default: _same,
+    _aten.alias.default: _same,
+    _aten.clone.default: _same,
+    _aten.lift_fresh.default: _same,
+    _aten._to_copy.default: _to_copy,
+    _aten.t.default: _transpose,
+    _aten.transpose.int: _transpose,
+}
+_FACTORIES = {
+    _aten.empty_like.default,
+    _aten.zeros_like.default,
+    _aten.ones_like.default,
+    _aten.full_like.default,
+    _aten.rand_like.default,
+    _aten.randn_like.default,
+    _aten.new_empty.default,
+    _aten.new_zeros.default,
+    _aten.new_ones.default,
+    _aten.new_full.default,
+}

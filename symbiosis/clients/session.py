@@ -1,0 +1,177 @@
+"""One tenant's conversation with one host: numbers messages, hides rows, passes the gate, waits for answers.
+
+Shape legend: T rows, I width of rows that go out, O width of rows that come back.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from dataclasses import dataclass
+
+import torch
+
+from symbiosis import __version__
+from symbiosis.clients.gate import EgressGate
+from symbiosis.errors import FrameError, ProtocolError, VersionError
+from symbiosis.privacy.mechanism import Mechanism
+from symbiosis.protocols.canonical import sha256_hex
+from symbiosis.protocols.codec import Reply, Request, encode_request
+from symbiosis.protocols.limits import MAX_HEADER_BYTES, MAX_MANIFEST_BYTES, MAX_MESSAGE_BYTES, PROTOCOL_VERSION
+from symbiosis.protocols.manifest import Manifest
+from symbiosis.protocols.messages import Answer, Blob, BlobKind, Call, Direction, Fetch, Hello, Welcome, split_rows
+from symbiosis.protocols.transport import Transport
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Traffic:
+    """What passed between tenant and host so far."""
+
+    frames: int
+    """Messages that left."""
+    sent_bytes: int
+    """Application bytes that left: headers, payloads and length prefixes."""
+    received_bytes: int
+    """Application bytes that came back."""
+    rows: int
+    """Rows that left in calls."""
+
+
+class Session:
+    """Opens with a greeting and the manifest; then answers `multiply` and `fetch` until closed. Thread-safe.
+
+    Args:
+        transport: the way to the host.
+        gate: the door out.
+        mechanism: how rows are hidden.
+
+    Raises:
+        VersionError: the host speaks another protocol version.
+        FrameError: the manifest is not the one that the greeting promised.
+    """
+
+    def __init__(self, transport: Transport, gate: EgressGate, mechanism: Mechanism) -> None:
+        self._transport = transport
+        self._gate = gate
+        self._mechanism = mechanism
+        self._lock = threading.RLock()
+        self._number = 0
+        self._frames = self._sent_bytes = self._rows = 0
+        self._max_message_bytes = MAX_MESSAGE_BYTES
+        self.manifest: Manifest | None = None
+        welcome = self._greet()
+        self.tenant = welcome.tenant
+        self.manifest = self._fetch_manifest(welcome)
+
+    @property
+    def address(self) -> str:
+        """Where the host is."""
+        return self._transport.address
+
+    @property
+    def traffic(self) -> Traffic:
+        """What passed so far."""
+        with self._lock:
+            return Traffic(
+                frames=self._frames,
+                sent_bytes=self._sent_bytes,
+                received_bytes=self._transport.received_bytes,
+                rows=self._rows,
+            )
+
+    def multiply(self, layers: tuple[int, ...], direction: Direction, rows_TI: torch.Tensor) -> torch.Tensor:
+        """Multiply rows by a group of the host's layers.
+
+        Args:
+            layers: positions in the manifest.
+            direction: which product.
+            rows_TI: two dimensions, at least one row, on the CPU.
+
+        Returns:
+            `y_TO` in the dtype of `rows_TI`.
+
+        Raises:
+            SymbiosisError: as the gate, the transport and the host say.
+        """
+        manifest = _require(self.manifest)
+        width_out = manifest.widths(layers, direction)[1]
+        widest = max(rows_TI.shape[1], width_out)
+        pieces = split_rows(rows_TI, widest=widest, max_bytes=self._max_message_bytes)
+        answers = [self._call(layers, direction, piece.contiguous(), width_out) for piece in pieces]
+        return answers[0] if len(answers) == 1 else torch.cat(answers)
+
+    def fetch(self, kind: BlobKind, name: str, *, max_bytes: int) -> bytes:
+        """Fetch something that the host publishes.
+
+        Raises:
+            PolicyError: the host does not publish it.
+            SymbiosisError: as the gate and the transport say.
+        """
+        with self._lock:
+            number = self._next_number()
+            reply = self._exchange(Fetch(number=number, kind=kind, name=name), max_reply_bytes=max_bytes)
+        if not isinstance(reply, Blob) or reply.number != number:
+            raise FrameError("the host answered a fetch with something else", "Connect again")
+        return reply.data
+
+    def close(self) -> None:
+        """End the stream."""
+        self._transport.close()
+        self._gate.close()
+
+    def _greet(self) -> Welcome:
+        hello = Hello(protocol=PROTOCOL_VERSION, release=__version__, session=secrets.token_bytes(16))
+        welcome = self._exchange(hello, max_reply_bytes=0)
+        if not isinstance(welcome, Welcome):
+            raise FrameError("the host did not answer the greeting", "Check the address")
+        if welcome.protocol != PROTOCOL_VERSION:
+            raise VersionError(
+                f"the host speaks protocol {welcome.protocol}, this side {PROTOCOL_VERSION}",
+                "Install the same release on both sides",
+            )
+        self._max_message_bytes = max(1, min(welcome.max_message_bytes, MAX_MESSAGE_BYTES))
+        return welcome
+
+    def _fetch_manifest(self, welcome: Welcome) -> Manifest:
+        data = self.fetch(BlobKind.MANIFEST, "", max_bytes=MAX_MANIFEST_BYTES)
+        if sha256_hex(data) != welcome.manifest_digest:
+            raise FrameError("the host's manifest is not the one that it announced", "Connect again")
+        return Manifest.from_json(data)
+
+    def _call(
+        self, layers: tuple[int, ...], direction: Direction, rows_TI: torch.Tensor, width_out: int
+    ) -> torch.Tensor:
+        with self._lock:
+            number = self._next_number()
+            hidden_TI = self._mechanism.conceal(rows_TI, layers=layers, direction=direction, number=number)
+            reply_bytes = rows_TI.shape[0] * width_out * hidden_TI.element_size()
+            call = Call(number=number, layers=layers, direction=direction, rows=hidden_TI)
+            reply = self._exchange(call, max_reply_bytes=reply_bytes)
+            self._rows += rows_TI.shape[0]
+        if not isinstance(reply, Answer) or reply.number != number:
+            raise FrameError("the host answered a call with something else", "Connect again")
+        if reply.rows.shape != (rows_TI.shape[0], width_out) or reply.rows.dtype != hidden_TI.dtype:
+            raise ProtocolError(
+                f"the host answered with {tuple(reply.rows.shape)} {reply.rows.dtype}, "
+                f"expected ({rows_TI.shape[0]}, {width_out}) {hidden_TI.dtype}",
+                "Install the same release on both sides",
+            )
+        return self._mechanism.reveal(reply.rows, layers=layers, direction=direction, number=number)
+
+    def _exchange(self, request: Request, *, max_reply_bytes: int) -> Reply:
+        encoded = encode_request(request)
+        with self._lock:
+            self._gate.admit(request, encoded, self.manifest)
+            self._frames += 1
+            self._sent_bytes += encoded.byte_count
+            return self._transport.exchange(request, encoded, max_reply_bytes=max_reply_bytes + MAX_HEADER_BYTES)
+
+    def _next_number(self) -> int:
+        self._number += 1
+        return self._number
+
+
+def _require(manifest: Manifest | None) -> Manifest:
+    if manifest is None:
+        raise ProtocolError("the session is not open yet")
+    return manifest

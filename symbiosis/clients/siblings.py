@@ -1,0 +1,130 @@
+"""Siblings: weights that the same rows meet one after the other (q, k and v; gate and up) share one call.
+
+Which weights are siblings is observed, never guessed from names: weights that met the same tensor in a row form a group,
+and the next time the first of them is met, one call answers all. An answer is handed out only for the very tensor,
+unchanged, that was sent, so a graph that changes falls back to single calls and never to a wrong number.
+
+Rules, numbered where they are enforced:
+
+1. a group is a run of forward products of one tensor without another product in between;
+2. a kept answer belongs to one held tensor, its version and the gradient mode; anything else is a new call;
+3. a group some of whose answers were not asked for is forgotten, and after `MAX_MISSES` times not formed again;
+4. tensors without a version (inference mode) have single calls.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+
+from symbiosis.clients.product import product
+from symbiosis.clients.session import Session
+from symbiosis.errors import ProtocolError
+from symbiosis.protocols.manifest import Manifest
+from symbiosis.protocols.messages import Direction
+
+MAX_MISSES = 8
+"""How often a group may turn out wrong before its first layer is called alone for good."""
+
+
+@dataclass(kw_only=True, slots=True)
+class _Occasion:
+    """One tensor, as it was when it met the first weight, and what became of it."""
+
+    rows: torch.Tensor
+    version: int
+    grad_mode: bool
+    met: list[int] = field(default_factory=list)
+    """Layers in the order in which they were met."""
+    kept: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Answers that came with an earlier sibling's."""
+
+    def same(self, rows: torch.Tensor, version: int) -> bool:
+        """Whether `rows` is the very tensor of this occasion, unchanged (rule 2)."""
+        return self.rows is rows and self.version == version and self.grad_mode == torch.is_grad_enabled()
+
+
+class Multiplier:
+    """Multiplies rows by hosted weights of one session, grouping siblings. Thread-safe.
+
+    Args:
+        session: an open session.
+    """
+
+    def __init__(self, session: Session) -> None:
+        if session.manifest is None:
+            raise ProtocolError("the session is not open yet")
+        self.session = session
+        self.manifest: Manifest = session.manifest
+        self._groups: dict[int, tuple[int, ...]] = {}
+        self._misses: Counter[int] = Counter()
+        self._occasion: _Occasion | None = None
+        self._lock = threading.RLock()
+
+    def multiply(self, rows: torch.Tensor, name: str, direction: Direction) -> torch.Tensor:
+        """The product of `rows` with the weight called `name`, differentiable with respect to `rows`.
+
+        Args:
+            rows: shape `(..., I)`.
+            name: full name of a hosted weight.
+            direction: forward for `rows Wᵀ` of a linear layer, backward for `rows W`.
+
+        Returns:
+            Shape `(..., O)`, dtype and device of `rows`.
+
+        Raises:
+            SymbiosisError: as the session says.
+        """
+        layer = self.manifest.position(name)
+        version = _version(rows)
+        if direction is Direction.BACKWARD or version is None:  # rules 1 and 4
+            return self._products(rows, (layer,), direction)[0]
+        with self._lock:
+            occasion = self._occasion
+            if occasion is not None and occasion.same(rows, version) and layer not in occasion.met:
+                occasion.met.append(layer)
+                answer = occasion.kept.pop(layer, None)
+                return answer if answer is not None else self._products(rows, (layer,), direction)[0]
+            self._finish()
+            return self._begin(rows, version, layer)
+
+    def forget(self) -> None:
+        """Let go of the last tensor and of the answers kept for it."""
+        with self._lock:
+            self._finish()
+
+    def _begin(self, rows: torch.Tensor, version: int, layer: int) -> torch.Tensor:
+        group = self._groups.get(layer, (layer,))
+        answers = self._products(rows, group, Direction.FORWARD)
+        self._occasion = _Occasion(
+            rows=rows,
+            version=version,
+            grad_mode=torch.is_grad_enabled(),
+            met=[layer],
+            kept=dict(zip(group[1:], answers[1:], strict=True)),
+        )
+        return answers[0]
+
+    def _finish(self) -> None:
+        """Learn from the occasion that ended."""
+        occasion, self._occasion = self._occasion, None
+        if occasion is None:
+            return
+        leader = occasion.met[0]
+        if occasion.kept:  # rule 3
+            self._misses[leader] += 1
+            self._groups.pop(leader, None)
+        elif len(occasion.met) > 1 and self._misses[leader] < MAX_MISSES:
+            self._groups[leader] = tuple(occasion.met)
+
+    def _products(self, rows: torch.Tensor, group: tuple[int, ...], direction: Direction) -> tuple[torch.Tensor, ...]:
+        layers = [self.manifest.layers[position] for position in group]
+        widths = [layer.out_width if direction is Direction.FORWARD else layer.in_width for layer in layers]
+        return product(rows, self.session, group, direction, widths)
+
+
+def _version(rows: torch.Tensor) -> int | None:
+    return None if rows.is_inference() else rows._version

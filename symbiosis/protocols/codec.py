@@ -1,0 +1,350 @@
+"""Messages to chunks of at most 1 MiB and back. Nothing is allocated before plain integers agreed; nothing is unpickled.
+
+A chunk is `header length (4 bytes, little endian) | protobuf header | payload`; see `symbiosis_wire.proto`.
+Reading follows five rules, numbered where they are enforced:
+
+1. a chunk is at most `MAX_CHUNK_BYTES`, its header at most `MAX_HEADER_BYTES`, both within the bytes that are there;
+2. a message starts with a header and continues without one;
+3. enums and counts come from fixed tables and ranges, never from a name on the wire;
+4. `rows × width × itemsize` equals the announced bytes, and both are within the limit, before a buffer is made;
+5. a message ends exactly where it said: not a byte more.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from google.protobuf.message import DecodeError
+
+from symbiosis.errors import DtypeError, FrameError, ShapeError
+from symbiosis.protocols._generated import symbiosis_wire_pb2 as pb
+from symbiosis.protocols.limits import MAX_CHUNK_BYTES, MAX_GROUP_LAYERS, MAX_HEADER_BYTES, MAX_NAME_CHARS
+from symbiosis.protocols.messages import Answer, Blob, BlobKind, Call, Direction, Fetch, Hello, Welcome
+from symbiosis.protocols.status import Refusal
+from symbiosis.protocols.tensors import tensor_bytes, tensor_from_bytes
+
+_PREFIX = struct.Struct("<I")
+
+_DTYPE_TO_WIRE = {
+    torch.float32: pb.DTYPE_FLOAT32,
+    torch.float64: pb.DTYPE_FLOAT64,
+    torch.float16: pb.DTYPE_FLOAT16,
+    torch.bfloat16: pb.DTYPE_BFLOAT16,
+}
+_DTYPE_FROM_WIRE = {number: dtype for dtype, number in _DTYPE_TO_WIRE.items()}
+_DIRECTION_TO_WIRE = {Direction.FORWARD: pb.DIRECTION_FORWARD, Direction.BACKWARD: pb.DIRECTION_BACKWARD}
+_DIRECTION_FROM_WIRE = {number: direction for direction, number in _DIRECTION_TO_WIRE.items()}
+_KIND_TO_WIRE = {
+    BlobKind.MANIFEST: pb.BLOB_MANIFEST,
+    BlobKind.FILE: pb.BLOB_FILE,
+    BlobKind.TENSOR: pb.BLOB_TENSOR,
+}
+_KIND_FROM_WIRE = {number: kind for kind, number in _KIND_TO_WIRE.items()}
+
+Request = Hello | Call | Fetch
+Reply = Welcome | Answer | Blob | Refusal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoded:
+    """A message ready to leave: header and a view of its payload. What the ledger counts and the transport sends."""
+
+    header: bytes
+    payload: memoryview
+
+    @property
+    def byte_count(self) -> int:
+        """Bytes of all chunks together, length prefixes included."""
+        return len(self.header) + len(self.payload) + _PREFIX.size * self.chunk_count
+
+    @property
+    def chunk_count(self) -> int:
+        """Chunks, each of which is one gRPC message."""
+        first = MAX_CHUNK_BYTES - _PREFIX.size - len(self.header)
+        rest = max(0, len(self.payload) - first)
+        return 1 + -(-rest // (MAX_CHUNK_BYTES - _PREFIX.size))
+
+    def chunks(self) -> Iterator[bytes]:
+        """The chunks in order; each copies its part of the payload once, when it is asked for."""
+        header, start = self.header, 0
+        while True:
+            end = start + MAX_CHUNK_BYTES - _PREFIX.size - len(header)
+            yield b"".join((_PREFIX.pack(len(header)), header, self.payload[start:end]))
+            header, start = b"", end
+            if start >= len(self.payload):
+                return
+
+
+def encode_request(message: Request) -> Encoded:
+    """Encode a tenant's message."""
+    payload = memoryview(b"")
+    match message:
+        case Hello():
+            hello = pb.Hello(protocol=message.protocol, release=message.release, session=message.session)
+            header = pb.RequestHeader(hello=hello)
+        case Call():
+            payload = tensor_bytes(message.rows)
+            header = pb.RequestHeader(
+                call=pb.Call(
+                    number=message.number,
+                    layers=message.layers,
+                    direction=_DIRECTION_TO_WIRE[message.direction],
+                    dtype=_DTYPE_TO_WIRE[message.rows.dtype],
+                    rows=message.rows.shape[0],
+                    width=message.rows.shape[1],
+                    byte_count=len(payload),
+                )
+            )
+        case Fetch():
+            fetch = pb.Fetch(number=message.number, kind=_KIND_TO_WIRE[message.kind], name=message.name)
+            header = pb.RequestHeader(fetch=fetch)
+    return Encoded(header=header.SerializeToString(), payload=payload)
+
+
+def encode_reply(message: Reply) -> Encoded:
+    """Encode a host's message."""
+    payload = memoryview(b"")
+    match message:
+        case Welcome():
+            header = pb.ReplyHeader(
+                welcome=pb.Welcome(
+                    protocol=message.protocol,
+                    release=message.release,
+                    tenant=message.tenant,
+                    manifest_digest=message.manifest_digest,
+                    max_message_bytes=message.max_message_bytes,
+                )
+            )
+        case Answer():
+            payload = tensor_bytes(message.rows)
+            answer = pb.Answer(
+                dtype=_DTYPE_TO_WIRE[message.rows.dtype],
+                rows=message.rows.shape[0],
+                width=message.rows.shape[1],
+                byte_count=len(payload),
+            )
+            header = pb.ReplyHeader(number=message.number, answer=answer)
+        case Blob():
+            payload = memoryview(message.data)
+            header = pb.ReplyHeader(number=message.number, blob=pb.Blob(byte_count=len(payload)))
+        case Refusal():
+            refusal = pb.Refusal(code=message.code, message=message.message, next_action=message.next_action)
+            header = pb.ReplyHeader(number=message.number, refusal=refusal)
+    return Encoded(header=header.SerializeToString(), payload=payload)
+
+
+_Message = TypeVar("_Message")
+_MessageOut = TypeVar("_MessageOut", covariant=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pending(Generic[_Message]):
+    """A message whose header was accepted and whose payload is still to come."""
+
+    byte_count: int
+    finish: Callable[[bytearray], _Message]
+
+
+class HeaderReader(Protocol[_MessageOut]):
+    """Turns a header into a `Pending` message, raising a `ProtocolError` for one that must not be."""
+
+    def __call__(self, header: bytes) -> Pending[_MessageOut]: ...  # noqa: D102
+
+
+class Assembler(Generic[_Message]):
+    """Puts chunks of one stream together. Holds at most one message, whose size its header reader has accepted.
+
+    Args:
+        read_header: `request_reader(...)` at the host, `reply_reader(...)` at the tenant.
+    """
+
+    def __init__(self, read_header: HeaderReader[_Message]) -> None:
+        self._read_header = read_header
+        self._pending: Pending[_Message] | None = None
+        self._buffer = bytearray()
+        self._filled_bytes = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether no message is half read."""
+        return self._pending is None
+
+    def feed(self, chunk: bytes) -> _Message | None:
+        """Take one chunk; return the message that it completes, if any.
+
+        Raises:
+            ProtocolError: the chunk breaks one of the module's rules; the stream cannot go on.
+        """
+        header, payload = _split(chunk)
+        if self._pending is None:
+            if not header:
+                raise FrameError("a chunk continues a message that never began")  # rule 2
+            self._pending = self._read_header(header)
+            self._buffer = bytearray(self._pending.byte_count)
+            self._filled_bytes = 0
+        elif header:
+            raise FrameError("a message began before the last one ended")  # rule 2
+        end = self._filled_bytes + len(payload)
+        if end > len(self._buffer) or (not payload and end < len(self._buffer) and not header):
+            raise FrameError(f"a message announced {len(self._buffer)} bytes and brings {end}")  # rule 5
+        self._buffer[self._filled_bytes : end] = payload
+        self._filled_bytes = end
+        if end < len(self._buffer):
+            return None
+        pending, buffer = self._pending, self._buffer
+        self._pending, self._buffer = None, bytearray()
+        return pending.finish(buffer)
+
+
+def request_reader(
+    *, expected_width: Callable[[tuple[int, ...], Direction], int], max_message_bytes: int
+) -> HeaderReader[Request]:
+    """How the host reads headers.
+
+    Args:
+        expected_width: the row width that a group takes in a direction; raises for a group that is not there.
+        max_message_bytes: the longest payload (bytes).
+    """
+
+    def read(header: bytes) -> Pending[Request]:
+        parsed = _parse(pb.RequestHeader, header)
+        kind = parsed.WhichOneof("kind")
+        if kind == "hello":
+            return _empty(_read_hello(parsed.hello))
+        if kind == "fetch":
+            return _empty(_read_fetch(parsed.fetch))
+        if kind == "call":
+            return _read_call(parsed.call, expected_width, max_message_bytes)
+        raise FrameError("a request has no kind")
+
+    return read
+
+
+def reply_reader(*, max_payload_bytes: Callable[[], int]) -> HeaderReader[Reply]:
+    """How the tenant reads headers.
+
+    Args:
+        max_payload_bytes: what the outstanding request can be answered with at most (bytes).
+    """
+
+    def read(header: bytes) -> Pending[Reply]:
+        parsed = _parse(pb.ReplyHeader, header)
+        kind, number, limit = parsed.WhichOneof("kind"), parsed.number, max_payload_bytes()
+        if kind == "answer":
+            return _read_answer(parsed.answer, number, limit)
+        if kind == "blob":
+            count = _within(parsed.blob.byte_count, limit)
+            return Pending(byte_count=count, finish=lambda data: Blob(number=number, data=bytes(data)))
+        if kind == "refusal":
+            refusal = parsed.refusal
+            return _empty(
+                Refusal(
+                    number=number, code=refusal.code, message=refusal.message, next_action=refusal.next_action
+                )
+            )
+        if kind == "welcome":
+            return _empty(_read_welcome(parsed.welcome))
+        raise FrameError("a reply has no kind")
+
+    return read
+
+
+def _split(chunk: bytes) -> tuple[bytes, memoryview]:
+    if not _PREFIX.size <= len(chunk) <= MAX_CHUNK_BYTES:
+        raise FrameError(f"a chunk has {len(chunk)} bytes, allowed are {_PREFIX.size} to {MAX_CHUNK_BYTES}")  # rule 1
+    (header_bytes,) = _PREFIX.unpack_from(chunk)
+    end = _PREFIX.size + header_bytes
+    if header_bytes > MAX_HEADER_BYTES or end > len(chunk):
+        raise FrameError(f"a chunk of {len(chunk)} bytes announces a header of {header_bytes}")  # rule 1
+    return chunk[_PREFIX.size : end], memoryview(chunk)[end:]
+
+
+_Header = TypeVar("_Header", pb.RequestHeader, pb.ReplyHeader)
+
+
+def _parse(kind: type[_Header], header: bytes) -> _Header:
+    try:
+        return kind.FromString(header)
+    except DecodeError as error:
+        raise FrameError("a header is not a protobuf message of this protocol") from error
+
+
+def _empty(message: _Message) -> Pending[_Message]:
+    return Pending(byte_count=0, finish=lambda _: message)
+
+
+def _read_hello(hello: pb.Hello) -> Hello:
+    if len(hello.session) != 16 or len(hello.release) > MAX_NAME_CHARS:
+        raise FrameError("a hello needs a session id of 16 bytes and a short release name")
+    return Hello(protocol=hello.protocol, release=hello.release, session=hello.session)
+
+
+def _read_welcome(welcome: pb.Welcome) -> Welcome:
+    return Welcome(
+        protocol=welcome.protocol,
+        release=welcome.release,
+        tenant=welcome.tenant,
+        manifest_digest=welcome.manifest_digest,
+        max_message_bytes=welcome.max_message_bytes,
+    )
+
+
+def _read_fetch(fetch: pb.Fetch) -> Fetch:
+    kind = _KIND_FROM_WIRE.get(fetch.kind)  # rule 3
+    if kind is None or len(fetch.name) > MAX_NAME_CHARS:
+        raise FrameError("a fetch names an unknown kind, or something with too long a name")
+    return Fetch(number=fetch.number, kind=kind, name=fetch.name)
+
+
+def _read_call(
+    call: pb.Call, expected_width: Callable[[tuple[int, ...], Direction], int], max_message_bytes: int
+) -> Pending[Request]:
+    direction = _DIRECTION_FROM_WIRE.get(call.direction)
+    if direction is None:
+        raise FrameError("a call has no direction")  # rule 3
+    if len(call.layers) > MAX_GROUP_LAYERS:
+        raise FrameError(f"a call names {len(call.layers)} layers, allowed are {MAX_GROUP_LAYERS}")
+    layers = tuple(call.layers)
+    width = expected_width(layers, direction)
+    if call.width != width:
+        raise ShapeError(f"rows of width {call.width} do not fit layers that take {width}", "Send rows of that width")
+    dtype, shape = _tensor_spec(call.dtype, call.rows, call.width, call.byte_count, max_message_bytes)
+
+    def finish(data: bytearray) -> Request:
+        rows = tensor_from_bytes(data, dtype=dtype, shape=shape)
+        return Call(number=call.number, layers=layers, direction=direction, rows=rows)
+
+    return Pending(byte_count=call.byte_count, finish=finish)
+
+
+def _read_answer(answer: pb.Answer, number: int, limit: int) -> Pending[Reply]:
+    dtype, shape = _tensor_spec(answer.dtype, answer.rows, answer.width, answer.byte_count, limit)
+
+    def finish(data: bytearray) -> Reply:
+        return Answer(number=number, rows=tensor_from_bytes(data, dtype=dtype, shape=shape))
+
+    return Pending(byte_count=answer.byte_count, finish=finish)
+
+
+def _tensor_spec(
+    wire_dtype: int, rows: int, width: int, announced: int, limit: int
+) -> tuple[torch.dtype, tuple[int, int]]:
+    dtype = _DTYPE_FROM_WIRE.get(wire_dtype)
+    if dtype is None:
+        raise DtypeError(f"dtype number {wire_dtype} does not travel", "Send float32, float64, float16 or bfloat16")
+    if rows == 0 or width == 0:
+        raise ShapeError(f"a tensor of {rows} rows of width {width} has no elements", "Send at least one row")
+    if rows * width * dtype.itemsize != announced:  # rule 4; Python's integers do not overflow
+        raise FrameError(f"{rows} rows of width {width} of {dtype} are not {announced} bytes")
+    _within(announced, limit)
+    return dtype, (rows, width)
+
+
+def _within(count: int, limit: int) -> int:
+    if count > limit:
+        raise FrameError(f"a payload of {count} bytes is longer than the {limit} allowed here", "Send fewer rows")
+    return count

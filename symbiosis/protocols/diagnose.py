@@ -1,0 +1,77 @@
+"""Why a host cannot be reached: a TLS handshake of our own, read closely.
+
+gRPC tells a client `UNAVAILABLE` for a refused certificate and for an outage alike. One handshake with the standard
+library's `ssl` tells which it was, so that a user is not sent to wait for a host that will never let them in.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import tempfile
+from pathlib import Path
+
+from symbiosis.errors import CertificateError
+from symbiosis.protocols.identity import Credentials
+
+_REASONS = (
+    # (text in the alert or verification message, what was wrong, what to do)
+    ("certificate_required", "the host asks for a certificate and got none", "Enrol first"),
+    ("certificate expired", "the host says that this tenant's certificate has expired", "Enrol again"),
+    ("certificate_expired", "the host says that this tenant's certificate has expired", "Enrol again"),
+    ("unknown ca", "the host does not know the authority that signed this tenant's certificate", "Enrol at this host"),
+    ("unknown_ca", "the host does not know the authority that signed this tenant's certificate", "Enrol at this host"),
+    ("bad certificate", "the host does not accept this tenant's certificate", "Enrol at this host"),
+    ("hostname mismatch", "the host's certificate is for another name", "Use the name in its certificate"),
+    ("ip address mismatch", "the host's certificate is for another address", "Use the name in its certificate"),
+    ("has expired", "the host's certificate has expired", "Ask its operator to renew it"),
+    ("not yet valid", "the host's certificate is not valid yet", "Compare the clocks of both machines"),
+    ("certificate verify failed", "the host's certificate is not signed by the authority in ca.pem", "Check the address"),
+    ("wrong version number", "what answers there does not speak TLS", "Check the address and the port"),
+    ("protocol version", "what answers there does not speak TLS 1.3", "Ask its operator to update it"),
+)
+
+
+def handshake_error(address: str, credentials: Credentials, *, timeout_s: float = 5.0) -> CertificateError | None:
+    """The reason why TLS with `address` fails, or `None` when it does not fail or nobody answers.
+
+    Args:
+        address: `host:port`.
+        credentials: what the tenant shows.
+        timeout_s: for the connection and for each read (seconds).
+    """
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    try:
+        with socket.create_connection((host, int(port)), timeout=timeout_s) as connection:
+            context = _context(credentials)
+            with context.wrap_socket(connection, server_hostname=host) as tls:
+                # In TLS 1.3 the server judges the client's certificate after the client believes to be connected.
+                # Its alert, if any, is the first thing that can be read; HTTP/2 settings are otherwise.
+                tls.recv(1)
+    except ssl.SSLError as error:
+        return _named(address, error)
+    except (OSError, ValueError):
+        return None
+    return None
+
+
+def _context(credentials: Credentials) -> ssl.SSLContext:
+    context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cadata=credentials.ca_pem.decode())
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.set_alpn_protocols(["h2"])
+    # `ssl` loads a client certificate from files only.
+    with tempfile.TemporaryDirectory() as folder:
+        chain = Path(folder) / "chain.pem"
+        chain.touch(mode=0o600)
+        chain.write_bytes(credentials.key_pem + credentials.certificate_pem)
+        context.load_cert_chain(chain)
+    return context
+
+
+def _named(address: str, error: ssl.SSLError) -> CertificateError:
+    text = str(error).lower()
+    for needle, problem, action in _REASONS:
+        if needle in text:
+            return CertificateError(f"{problem} ({address})", action)
+    return CertificateError(f"the TLS handshake with {address} failed: {error.reason or error}", "Check both sides' certificates")

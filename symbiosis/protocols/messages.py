@@ -1,0 +1,151 @@
+"""The messages of the protocol as plain values; no protobuf, no sockets.
+
+Shape legend: T rows (packed tokens, no padding), I input width of a group, O summed output widths of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from symbiosis.errors import DtypeError, NonFiniteError, ShapeError
+
+
+class Direction(Enum):
+    """Which way rows pass a group of layers."""
+
+    FORWARD = "forward"
+    """`x_TI` to `x_TI Wᵀ`, the layers' answers side by side: `y_TO`."""
+    BACKWARD = "backward"
+    """`g_TO`, the layers' gradients side by side, to the sum of `g_k W_k`: `g_TI`."""
+
+    @property
+    def opposite(self) -> Direction:
+        """The direction of the gradient of a product in this direction."""
+        return Direction.BACKWARD if self is Direction.FORWARD else Direction.FORWARD
+
+
+class BlobKind(Enum):
+    """What a tenant may fetch."""
+
+    MANIFEST = "manifest"
+    FILE = "file"
+    TENSOR = "tensor"
+
+
+WIRE_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+"""The dtypes that rows may have on the wire."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name of a dtype as manifests and ledgers write it, for example `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hello:
+    """First message of a stream."""
+
+    protocol: int
+    release: str
+    session: bytes
+    """16 random bytes, fresh for every process start."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Welcome:
+    """The host's answer to `Hello`."""
+
+    protocol: int
+    release: str
+    tenant: str
+    """The tenant's name as the host read it from the certificate."""
+    manifest_digest: str
+    max_message_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Call:
+    """Rows to be multiplied by a group of frozen layers. A pure function: repeating it is harmless."""
+
+    number: int
+    """Message number, unique within a session."""
+    layers: tuple[int, ...]
+    """Positions of the group's layers in the manifest."""
+    direction: Direction
+    rows: torch.Tensor
+    """`x_TI` (forward) or `g_TO` (backward), contiguous, on the CPU, one of `WIRE_DTYPES`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fetch:
+    """A request for something that the host publishes."""
+
+    number: int
+    kind: BlobKind
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """The rows that answer a `Call`, in the dtype of the call's rows."""
+
+    number: int
+    rows: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Blob:
+    """The bytes that answer a `Fetch`."""
+
+    number: int
+    data: bytes
+
+
+def check_rows(rows: torch.Tensor, *, width: int) -> None:
+    """Check that `rows` can be multiplied by layers of input width `width`.
+
+    Args:
+        rows: the tensor to check.
+        width: the last dimension that the layers take in this direction.
+
+    Raises:
+        DtypeError: the dtype is not one of `WIRE_DTYPES`.
+        ShapeError: the tensor has not two dimensions, no rows, or another width.
+        NonFiniteError: a row holds NaN or an infinity; the message names the first one.
+    """
+    if rows.dtype not in WIRE_DTYPES:
+        names = ", ".join(dtype_name(dtype) for dtype in WIRE_DTYPES)
+        raise DtypeError(f"rows of dtype {dtype_name(rows.dtype)} cannot travel", f"Cast them to one of {names}")
+    if rows.dim() != 2 or rows.shape[0] == 0 or rows.shape[1] != width:
+        raise ShapeError(
+            f"rows of shape {tuple(rows.shape)} do not fit layers that take rows of width {width}",
+            "Send a tensor of shape (rows, width) with at least one row",
+        )
+    if not finite(rows):
+        bad = int((~torch.isfinite(rows)).any(dim=1).nonzero()[0])
+        raise NonFiniteError(
+            f"row {bad} of {rows.shape[0]} holds NaN or an infinity",
+            "Look for an overflow at the tenant: a lower learning rate or a wider dtype helps",
+        )
+
+
+def finite(rows: torch.Tensor) -> bool:
+    """Whether every element is finite.
+
+    A sum of finite numbers may overflow but a sum with a NaN or an infinity is never finite, so one cheap reduction
+    settles the ordinary case and only a suspicious sum is looked at element by element.
+    """
+    return bool(torch.isfinite(rows.sum())) or bool(torch.isfinite(rows).all())
+
+
+def split_rows(rows: torch.Tensor, *, widest: int, max_bytes: int) -> Sequence[torch.Tensor]:
+    """Cut rows into pieces whose payload, in the wider of both directions, stays within `max_bytes`.
+
+    Rows are independent, so the answers put together again are the answer of the whole.
+    """
+    per_row_bytes = max(1, widest * rows.element_size())
+    return rows.split(max(1, max_bytes // per_row_bytes))

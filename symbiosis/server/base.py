@@ -1,0 +1,245 @@
+"""A hosted base: the frozen weights, what is published beside them, and the manifest that names both."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import safetensors.torch
+import torch
+
+from symbiosis.errors import ConfigurationError, PolicyError, UnknownBaseError
+from symbiosis.protocols.manifest import (
+    Layer,
+    Manifest,
+    Orientation,
+    Publish,
+    PublishedFile,
+    PublishedTensor,
+    require_published,
+)
+from symbiosis.protocols.messages import dtype_name
+from symbiosis.protocols.tensors import byte_count, tensor_digest
+from symbiosis.server.linear import Weight
+from symbiosis.server.selection import hosted_parameters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PUBLISHED_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+"""Files of a model directory that tenants may fetch; no weights, and no code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostedBase:
+    """Frozen layers and published tensors of one base. Immutable; built by `host_model` or `load_base`."""
+
+    manifest: Manifest
+    weights: tuple[Weight, ...]
+    """In the manifest's order."""
+    tensors: Mapping[str, torch.Tensor]
+    files: Mapping[str, bytes]
+
+    def group(self, positions: Iterable[int]) -> tuple[Weight, ...]:
+        """The weights of a group whose positions the manifest has accepted."""
+        return tuple(self.weights[position] for position in positions)
+
+    def tensor_blob(self, name: str) -> bytes:
+        """A published tensor, or a hosted weight where the policy allows it, as safetensors with one entry, `tensor`.
+
+        Raises:
+            PolicyError: the host does not publish it.
+            UnknownLayerError: there is no such tensor.
+        """
+        tensor = self.tensors.get(name)
+        if tensor is not None and self.manifest.publish is Publish.NOTHING:
+            raise PolicyError(
+                f"the host does not publish {name}, nor any other tensor of its base",
+                "Connect with your own copy of the base: `connect(..., base=DIR)`",
+            )
+        if tensor is None:
+            require_published(self.manifest, name)
+            tensor = self.weights[self.manifest.position(name)][0]
+        return safetensors.torch.save({"tensor": tensor.detach().contiguous().cpu()})
+
+    def file_blob(self, name: str) -> bytes:
+        """A published file.
+
+        Raises:
+            PolicyError: the host does not publish a file of that name.
+        """
+        try:
+            return self.files[name]
+        except KeyError:
+            raise PolicyError(f"the host publishes no file {name!r}", "The manifest lists what it publishes") from None
+
+
+def host_model(
+    model: PreTrainedModel, *, name: str, files: Mapping[str, bytes] | None = None, publish: Publish = Publish.HALF
+) -> HostedBase:
+    """Host a model that is in memory. The model is not changed; its weights are shared, not copied.
+
+    Args:
+        model: a `transformers` model without trainable parameters.
+        name: what to call it.
+        files: files to publish; the configuration is taken from the model where it is missing.
+        publish: what tenants may fetch.
+
+    Raises:
+        ConfigurationError: a parameter is trainable, or there is no layer to host.
+    """
+    refuse_trainable(model.named_parameters())
+    hosted = list(hosted_parameters(model))
+    if not hosted:
+        raise ConfigurationError(f"{name} has no linear layers in repeated blocks", "Host a transformer")
+    remote = {full_name for full_name, _, _ in hosted}
+    tensors = _half(model, remote)
+    published = dict(_model_files(model) | dict(files or {}))
+    return HostedBase(
+        manifest=Manifest(
+            base=name,
+            architecture=type(model).__name__,
+            layers=tuple(_layer(*entry) for entry in hosted),
+            tensors=tuple(_published_tensor(key, tensor) for key, tensor in tensors.items()),
+            files=tuple(_published_file(key, data) for key, data in published.items()),
+            publish=publish,
+        ),
+        weights=tuple((parameter.detach(), orientation) for _, parameter, orientation in hosted),
+        tensors=tensors,
+        files=published,
+    )
+
+
+def refuse_trainable(parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """A host holds frozen weights only: what is trained belongs to a tenant.
+
+    Raises:
+        ConfigurationError: a parameter asks for gradients; the message names it.
+    """
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            raise ConfigurationError(
+                f"the parameter {name} is trainable, and a host holds frozen weights only",
+                "Call `model.requires_grad_(False)` before hosting it; adapters stay with their tenants",
+            )
+
+
+def load_base(
+    path: str, *, dtype: str = "auto", publish: Publish = Publish.HALF, revision: str | None = None
+) -> HostedBase:
+    """Load a base from a local directory or a hub id, shard by shard from safetensors.
+
+    Args:
+        path: a directory with `config.json` and safetensors, or an id on the Hugging Face hub.
+        dtype: dtype of the hosted weights; `auto` keeps the file's.
+        publish: what tenants may fetch.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        UnknownBaseError: there is no such base, or it has no safetensors.
+        ConfigurationError: it has no layer to host.
+    """
+    import transformers  # noqa: PLC0415 - slow, and only a host that loads needs it
+
+    folder = _folder(path, revision)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        architecture = (config.architectures or ["AutoModel"])[0]
+        model_class = getattr(transformers, architecture, transformers.AutoModel)
+        model = model_class.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnknownBaseError(
+            f"the base at {path!r} cannot be loaded: {reason}",
+            "Give a directory that holds config.json and *.safetensors of a transformers model",
+        ) from error
+    model.requires_grad_(False)
+    files = {name: (folder / name).read_bytes() for name in PUBLISHED_FILES if (folder / name).is_file()}
+    files["config.json"] = _model_files(model)["config.json"]
+    return host_model(model, name=Path(path).name or path, files=files, publish=publish)
+
+
+def _folder(path: str, revision: str | None) -> Path:
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
+        raise UnknownBaseError(f"there is no directory {path!r}", "Give a directory of a model, or an id on the hub")
+    import huggingface_hub  # noqa: PLC0415
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
+
+    patterns = ["*.safetensors", "*.safetensors.index.json", *PUBLISHED_FILES]
+    try:
+        return Path(huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UnknownBaseError(
+            f"there is no directory {path!r}, and the hub gives no model of that name ({type(error).__name__})",
+            "Check the spelling, or the network; a directory is read without one",
+        ) from error
+
+
+def _half(model: PreTrainedModel, remote: set[str]) -> dict[str, torch.Tensor]:
+    """The tenant's half: every persistent tensor that is not hosted, tied ones once."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    return {
+        name: tensor.detach()
+        for name, tensor in model.state_dict().items()
+        if name not in remote and name not in tied and isinstance(tensor, torch.Tensor)
+    }
+
+
+def _model_files(model: PreTrainedModel) -> dict[str, bytes]:
+    config = model.config.to_diff_dict()
+    config["architectures"] = [type(model).__name__]
+    config["dtype"] = dtype_name(model.dtype)
+    config.pop("_name_or_path", None)
+    files = {"config.json": json.dumps(config, sort_keys=True, indent=2, default=str).encode()}
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        files["generation_config.json"] = generation.to_json_string().encode()
+    return files
+
+
+def _layer(name: str, parameter: torch.Tensor, orientation: Orientation) -> Layer:
+    rows, columns = parameter.shape
+    return Layer(
+        name=name,
+        shape=(rows, columns),
+        orientation=orientation,
+        dtype=dtype_name(parameter.dtype),
+        digest=tensor_digest(parameter),
+    )
+
+
+def _published_tensor(name: str, tensor: torch.Tensor) -> PublishedTensor:
+    return PublishedTensor(
+        name=name,
+        shape=tuple(tensor.shape),
+        dtype=dtype_name(tensor.dtype),
+        digest=tensor_digest(tensor),
+        byte_count=byte_count(tensor.shape, tensor.dtype),
+    )
+
+
+def _published_file(name: str, data: bytes) -> PublishedFile:
+    return PublishedFile(name=name, digest=hashlib.sha256(data).hexdigest(), byte_count=len(data))

@@ -1,0 +1,161 @@
+"""The host on a network: one bidirectional gRPC stream per tenant session, over mutual TLS.
+
+A stream is served by these rules, numbered where they are enforced:
+
+1. TLS 1.3 at least. gRPC offers no minimum, so a stream below it is ended before its first chunk is read.
+2. The tenant's name comes from the certificate alone, and the certificate is looked at again for every message: one
+   that expires ends the stream.
+3. The first message is a `Hello`; nothing else is answered before it.
+4. A refused message is answered with a `Refusal` and the stream goes on; a stream whose chunks cannot be put together
+   (`FrameError` and its like, which leave no way to find the next message) is ended after the refusal.
+5. No error text of the host's own accidents reaches a tenant.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from types import TracebackType
+
+import grpc
+
+from symbiosis.errors import CertificateError, ConfigurationError, ProtocolError, SymbiosisError
+from symbiosis.protocols.codec import Assembler, Reply, Request, encode_reply, request_reader
+from symbiosis.protocols.grpc_client import CHANNEL_OPTIONS
+from symbiosis.protocols.identity import Credentials, expiry_of, tenant_of
+from symbiosis.protocols.limits import MAX_MESSAGE_BYTES
+from symbiosis.protocols.messages import Call, Fetch, Hello
+from symbiosis.protocols.status import refusal_of
+from symbiosis.protocols.transport import Handler
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServiceConfig:
+    """How a host listens."""
+
+    address: str = "127.0.0.1:0"
+    """`host:port`; port 0 lets the system choose one."""
+    max_streams: int = 128
+    """Sessions open at once; one more is refused with a typed status. A waiting stream costs a thread, no work."""
+
+    def __post_init__(self) -> None:
+        if self.max_streams < 1:
+            raise ConfigurationError("a host needs at least one stream", "Raise max_streams")
+
+
+class Service:
+    """A gRPC server around a `Handler`. Started on construction, ended by `close`; a context manager.
+
+    Args:
+        handler: the host.
+        credentials: the host's key and certificate, and the authority that signs tenants.
+        config: address and bounds.
+
+    Raises:
+        ConfigurationError: the address cannot be listened on.
+    """
+
+    def __init__(self, handler: Handler, credentials: Credentials, config: ServiceConfig | None = None) -> None:
+        config = config or ServiceConfig()
+        self._handler = handler
+        options = (*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0), ("grpc.http2.min_ping_interval_without_data_ms", 10_000))
+        self._server = grpc.server(
+            ThreadPoolExecutor(max_workers=config.max_streams, thread_name_prefix="symbiosis-stream"),
+            options=options,
+            maximum_concurrent_rpcs=config.max_streams,
+        )
+        method = grpc.stream_stream_rpc_method_handler(self._exchange)
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler("symbiosis.v1.Host", {"Exchange": method}),)
+        )
+        self.address = self._listen(config.address, credentials)
+        self._server.start()
+
+    def wait(self) -> None:
+        """Block until the service ends."""
+        self._server.wait_for_termination()
+
+    def close(self, *, grace_s: float = 1.0) -> None:
+        """Take no new streams, let open ones finish for `grace_s` seconds, then end them."""
+        self._server.stop(grace_s).wait()
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+        self.close()
+
+    def _listen(self, address: str, credentials: Credentials) -> str:
+        server_credentials = grpc.ssl_server_credentials(
+            [(credentials.key_pem, credentials.certificate_pem)],
+            root_certificates=credentials.ca_pem,
+            require_client_auth=True,
+        )
+        try:
+            port = self._server.add_secure_port(address, server_credentials)
+        except RuntimeError as error:
+            raise ConfigurationError(f"cannot listen on {address}", "Choose a free port on this machine") from error
+        return f"{address.rpartition(':')[0]}:{port}"
+
+    def _exchange(self, chunks: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        try:
+            peer = _authenticate(context)
+        except CertificateError as error:
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
+        reader = request_reader(expected_width=self._handler.expected_width, max_message_bytes=MAX_MESSAGE_BYTES)
+        assembler: Assembler[Request] = Assembler(reader)
+        greeted = False
+        for chunk in chunks:
+            try:
+                request = assembler.feed(chunk)
+            except ProtocolError as error:
+                _log.warning("tenant %s sent a chunk that cannot be read: %s", peer.tenant, error.code)
+                yield from encode_reply(refusal_of(error, number=0)).chunks()
+                return  # rule 4
+            if request is None:
+                continue
+            if peer.expires <= datetime.now(UTC):
+                context.abort(grpc.StatusCode.UNAUTHENTICATED, "the certificate has expired")  # rule 2
+            greeted = greeted or isinstance(request, Hello)
+            reply = self._reply(peer.tenant, request, greeted=greeted)
+            yield from encode_reply(reply).chunks()
+
+    def _reply(self, tenant: str, request: Request, *, greeted: bool) -> Reply:
+        number = request.number if isinstance(request, Call | Fetch) else 0
+        try:
+            if not greeted:
+                raise ProtocolError("a stream begins with a hello", "Send it first")  # rule 3
+            return self._handler.handle(tenant, request)
+        except SymbiosisError as error:
+            _log.warning("refused a message of tenant %s: %s", tenant, error.code)
+            return refusal_of(error, number=number)
+        except Exception as error:  # noqa: BLE001 - the edge: an accident ends in a refusal, not in a dead stream
+            _log.exception("failed to answer a message of tenant %s", tenant)
+            return refusal_of(error, number=number)  # rule 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Peer:
+    tenant: str
+    expires: datetime
+
+
+def _authenticate(context: grpc.ServicerContext) -> _Peer:
+    """Who is at the other end, by rules 1 and 2.
+
+    Raises:
+        CertificateError: TLS is too old, or the certificate names no tenant.
+    """
+    auth = context.auth_context()
+    versions = [bytes(value).decode(errors="replace") for value in auth.get("ssl_tls_version", ())]
+    if versions != ["TLSv1.3"]:
+        raise CertificateError(f"the stream uses {versions[0] if versions else 'no TLS'}, not TLS 1.3", "Update TLS")
+    certificate = b"".join(auth.get("x509_pem_cert", ()))
+    if not certificate:
+        raise CertificateError("the stream shows no certificate", "Enrol at this host")
+    return _Peer(tenant=tenant_of(certificate), expires=expiry_of(certificate))

@@ -1,0 +1,117 @@
+"""`local_base`: a base hosted on this machine, for experiments, tests and single-machine use."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from symbiosis.clients.base import Base
+from symbiosis.clients.connection import connect
+from symbiosis.clients.gate import EgressGate
+from symbiosis.clients.session import Session
+from symbiosis.errors import UnsupportedError
+from symbiosis.privacy.ledger import Ledger
+from symbiosis.privacy.mechanism import Mechanism, resolve_mechanism
+from symbiosis.protocols.authority import Authority
+from symbiosis.protocols.identity_directory import create_request, install_certificate
+from symbiosis.protocols.inprocess import InProcessTransport
+from symbiosis.protocols.manifest import Publish
+from symbiosis.protocols.transcript import TranscriptWriter
+from symbiosis.server.base import HostedBase, host_model, load_base
+from symbiosis.server.host import Host
+from symbiosis.simulations.builtin import resolve_base
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LOCAL_TENANT = "local"
+"""Name of the tenant that `local_base` makes."""
+
+
+def local_base(
+    model_or_path: PreTrainedModel | str | Path,
+    *,
+    transport: str = "inprocess",
+    privacy: str | Mechanism = "plaintext",
+    record: str | Path | None = None,
+    ledger: str | Path | None = None,
+    publish: Publish | str = Publish.HALF,
+) -> Base:
+    """Host a base here and connect to it.
+
+    Args:
+        model_or_path: a `transformers` model in memory (which is not changed), a directory, a hub id, or `"builtin"`
+            for the small base that comes with this package.
+        transport: `"inprocess"`, or `"grpc"` for mutual TLS over loopback; then other processes on this machine may
+            `connect(base.address, identity=base.identity)` too.
+        privacy: as `connect`.
+        record: as `connect`.
+        ledger: file to continue or begin; by default one that is removed when the base is closed.
+        publish: what the host publishes; `"all"` lets operations that need a hosted weight's numbers download it.
+
+    Raises:
+        ConfigurationError: the base cannot be hosted, or an argument cannot be used.
+    """
+    if transport not in {"inprocess", "grpc"}:
+        raise UnsupportedError(f"there is no transport {transport!r} in this version", "Use 'inprocess' or 'grpc'")
+    mechanism = resolve_mechanism(privacy)
+    with contextlib.ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="symbiosis-local-")))
+        host = stack.enter_context(Host(_hosted(model_or_path, Publish(publish))))
+        ledger_path = Path(ledger) if ledger is not None else scratch / "ledger.jsonl"
+        if transport == "grpc":
+            address = _serve(host, scratch, stack)
+            base = connect(
+                address,
+                identity=scratch / "identity",
+                privacy=mechanism,
+                record=record,
+                ledger=ledger_path,
+                cache=None,
+            )
+        else:
+            transcript = TranscriptWriter(record) if record is not None else None
+            book = Ledger.open(ledger_path, tenant=LOCAL_TENANT)
+            stack.callback(book.close)
+            gate = EgressGate(book, destination="inprocess", transcript=transcript)
+            session = Session(InProcessTransport(host, tenant=LOCAL_TENANT), gate, mechanism)
+            base = Base(session, book)
+        return base.own(stack.pop_all().close)
+
+
+def _hosted(model_or_path: PreTrainedModel | str | Path, publish: Publish) -> HostedBase:
+    if isinstance(model_or_path, str | Path):
+        return load_base(resolve_base(str(model_or_path)), publish=publish)
+    with _frozen(model_or_path):
+        return host_model(model_or_path, name=type(model_or_path).__name__, publish=publish)
+
+
+@contextlib.contextmanager
+def _frozen(model: PreTrainedModel) -> Iterator[None]:
+    """Freeze a caller's model while it is taken over, and give it back as it was."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def _serve(host: Host, scratch: Path, stack: contextlib.ExitStack) -> str:
+    """Put the host on loopback under an authority of its own; the address."""
+    from symbiosis.server.service import Service  # noqa: PLC0415 - loads gRPC
+
+    authority = Authority.create(common_name="symbiosis local", lifetime=timedelta(days=365))
+    identity = scratch / "identity"
+    request = create_request(identity, LOCAL_TENANT)
+    certificate = authority.sign_tenant(request, lifetime=timedelta(days=365), expected_name=LOCAL_TENANT)
+    install_certificate(identity, certificate_pem=certificate, ca_pem=authority.certificate_pem)
+    service = Service(host, authority.issue_host(["127.0.0.1"], lifetime=timedelta(days=365)))
+    stack.callback(service.close)
+    return service.address

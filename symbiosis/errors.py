@@ -38,7 +38,7 @@ class SymbiosisError(Exception):
 
     Args:
         message: what was wrong, one sentence, without a trailing full stop.
-        next_action: what the reader can do about it; empty when nothing can be done.
+        next_action: what the reader can do about it, likewise; empty when nothing can be done.
     """
 
     code: ClassVar[str] = "symbiosis"
@@ -49,7 +49,8 @@ class SymbiosisError(Exception):
         self.next_action = next_action
 
     def __str__(self) -> str:
-        return f"{self.message}. {self.next_action}" if self.next_action else self.message
+        parts = (self.message, self.next_action)
+        return " ".join(part.rstrip(".") + "." for part in parts if part)
 
 
 class ConfigurationError(SymbiosisError):

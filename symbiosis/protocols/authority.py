@@ -23,6 +23,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from symbiosis.errors import CertificateError, ConfigurationError, EnrolmentError
 from symbiosis.protocols.identity import Clock, Credentials, fingerprint_of, parse_certificate, tenant_uri, utc_now
 from symbiosis.protocols.keyfiles import (
+    PARSE_ERRORS,
     PRIVATE_MODE,
     PUBLIC_MODE,
     encode_key,
@@ -242,7 +243,7 @@ def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
 def _may_sign(certificate: x509.Certificate) -> bool:
     try:
         return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
+    except PARSE_ERRORS:
         return False
 
 

@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 
 from symbiosis.errors import CertificateError, EnrolmentError
-from symbiosis.protocols.keyfiles import MAX_PEM_BYTES
+from symbiosis.protocols.keyfiles import MAX_PEM_BYTES, PARSE_ERRORS
 
 TENANT_URI_PREFIX = "spiffe://symbiosis/tenant/"
 
@@ -114,7 +113,7 @@ def tenant_of(certificate_pem: bytes) -> str:
     try:
         names = parse_certificate(certificate_pem).extensions.get_extension_for_class(x509.SubjectAlternativeName)
         return tenant_in(names.value)
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError, EnrolmentError) as error:
+    except (*PARSE_ERRORS, EnrolmentError) as error:
         message = "the certificate does not name exactly one tenant"
         raise CertificateError(message, "Connect with the certificate that `symbiosis join` obtained") from error
 
@@ -156,7 +155,7 @@ def serves_as(certificate: x509.Certificate, purpose: x509.ObjectIdentifier) -> 
     """Whether the extended key usage lists `purpose` (RFC 5280 section 4.2.1.12); an absent one lists nothing."""
     try:
         usage = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
+    except PARSE_ERRORS:
         return False
     return purpose in usage
 
@@ -178,7 +177,7 @@ def parse_certificate(pem: bytes, *, source: str = "the certificate", next_actio
         certificates = x509.load_pem_x509_certificates(pem)
         for certificate in certificates:
             certificate.public_key()  # parsed lazily; a key that nobody can read is found here
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except PARSE_ERRORS as error:
         raise CertificateError(f"{source} is not a PEM certificate", next_action) from error
     if len(certificates) != 1:
         raise CertificateError(f"{source} holds {len(certificates)} certificates instead of one", next_action)

@@ -18,7 +18,6 @@ from datetime import datetime
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509 import verification
@@ -36,6 +35,7 @@ from symbiosis.protocols.identity import (
     utc_now,
 )
 from symbiosis.protocols.keyfiles import (
+    PARSE_ERRORS,
     PRIVATE_MODE,
     PUBLIC_MODE,
     encode_key,
@@ -156,7 +156,7 @@ def _check_pair(key: ec.EllipticCurvePrivateKey, leaf: _Party, root: _Party, mom
     _check_time(leaf, moment)
     try:
         leaf.certificate.verify_directly_issued_by(root.certificate)
-    except (ValueError, TypeError, InvalidSignature) as error:
+    except PARSE_ERRORS as error:
         raise CertificateError(f"{leaf.source} was not signed by the authority {root.source}", _REJOIN) from error
     if not serves_as(leaf.certificate, ExtendedKeyUsageOID.CLIENT_AUTH):
         raise CertificateError(f"{leaf.source} is not a client's certificate", _REJOIN)

@@ -11,7 +11,8 @@ import os
 import secrets
 from pathlib import Path
 
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -19,6 +20,18 @@ from symbiosis.errors import CertificateError
 
 MAX_PEM_BYTES = 16 * 1024
 """Longest PEM that is parsed; a P-256 certificate takes under 1 KiB."""
+
+PARSE_ERRORS = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    InvalidSignature,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.ExtensionNotFound,
+    x509.UnsupportedGeneralNameType,
+)
+"""All that `cryptography` raises about keys, requests and certificates from elsewhere; they have no common base."""
 
 PRIVATE_MODE = 0o600
 PUBLIC_MODE = 0o644
@@ -45,7 +58,7 @@ def read_key(path: Path, *, next_action: str) -> ec.EllipticCurvePrivateKey:
     pem = read_pem(path, next_action=next_action)
     try:
         key = serialization.load_pem_private_key(pem, password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except PARSE_ERRORS as error:
         raise CertificateError(f"{path} is not an unencrypted PEM private key", next_action) from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise CertificateError(f"{path} is not an elliptic-curve key", next_action)

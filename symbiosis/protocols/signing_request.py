@@ -15,14 +15,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from symbiosis.errors import EnrolmentError
 from symbiosis.protocols.identity import tenant_in, tenant_uri
-from symbiosis.protocols.keyfiles import MAX_PEM_BYTES
+from symbiosis.protocols.keyfiles import MAX_PEM_BYTES, PARSE_ERRORS
 
 _NEXT = "Make the request with `symbiosis join`"
 
@@ -66,7 +65,7 @@ def read_request(csr_pem: bytes) -> SigningRequest:
         if not request.is_signature_valid:
             raise EnrolmentError("the request is not signed by the key it carries", _NEXT)
         return SigningRequest(name=tenant_in(_only_names(request)), public_key=public_key)
-    except (ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature, x509.DuplicateExtension) as error:
+    except PARSE_ERRORS as error:
         raise EnrolmentError("the request is not a well-formed PEM certificate request", _NEXT) from error
 
 

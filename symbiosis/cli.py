@@ -1,0 +1,248 @@
+"""The command line: one Typer app. The only place that prints, configures logging or exits.
+
+Exit codes: 0 fine, 1 a finding or a failure, 2 misuse. With `--json` exactly one object goes to standard output, also
+when a command fails; everything else goes to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+
+from symbiosis import __version__
+from symbiosis.errors import ConfigurationError, SymbiosisError
+
+app = typer.Typer(
+    name="symbiosis",
+    help="Split execution for private fine-tuning and generation of language models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+host_app = typer.Typer(help="Serve a base to tenants.", no_args_is_help=True)
+audit_app = typer.Typer(help="Prove what left.", no_args_is_help=True)
+app.add_typer(host_app, name="host")
+app.add_typer(audit_app, name="audit")
+
+_console = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+
+
+def main() -> None:
+    """Entry point of the command `symbiosis`."""
+    wants_json = "--json" in sys.argv[1:]
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    try:
+        code = app(standalone_mode=False)
+    except SymbiosisError as error:
+        _fail(error, wants_json=wants_json)
+        code = 2 if isinstance(error, ConfigurationError) else 1
+    except click.UsageError as error:
+        error.show(file=sys.stderr)
+        if wants_json:
+            _print_json({"error": {"code": "usage", "message": error.format_message(), "next_action": ""}})
+        code = 2
+    except (click.Abort, KeyboardInterrupt):
+        _console.print("interrupted", style="yellow")
+        code = 1
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(error: SymbiosisError, *, wants_json: bool) -> None:
+    _console.print(f"[bold red]error[/] ({error.code}): ", end="")
+    _console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    if wants_json:
+        fields = {"code": error.code, "message": error.message, "next_action": error.next_action}
+        _print_json({"error": fields})
+
+
+def _print_json(value: Mapping[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"symbiosis {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens to standard error.")] = False,
+) -> None:
+    del version
+    if verbose:
+        logging.getLogger().setLevel(logging.INFO)
+
+
+@app.command()
+def simulate(  # one option per setting; Typer reads them from the signature
+    tenants: Annotated[int, typer.Option(help="How many tenants take part.")] = 4,
+    rounds: Annotated[int, typer.Option(help="Rounds of local training.")] = 3,
+    steps: Annotated[int, typer.Option(help="Optimizer steps per round.")] = 40,
+    base: Annotated[str, typer.Option(help="A model directory, a hub id, or `builtin`.")] = "builtin",
+    corpora: Annotated[
+        str, typer.Option(help="Held-out packages or paths of text, separated by commas; dealt out in turn.")
+    ] = "",
+    out: Annotated[Path | None, typer.Option(help="Directory for everything; by default a new one in runs/.")] = None,
+    control: Annotated[bool, typer.Option(help="Train on an ordinary local model too, and compare.")] = True,
+    json_: Json = False,
+) -> None:
+    """Run the main job: tenants fine-tune privately against one hosted base, run by Flower."""
+    from symbiosis.clients.training import TrainingConfig  # noqa: PLC0415 - commands load what they need
+    from symbiosis.simulations.display import Display, summary  # noqa: PLC0415
+    from symbiosis.simulations.simulate import SimulationConfig, default_workdir  # noqa: PLC0415
+    from symbiosis.simulations.simulate import simulate as run_simulation  # noqa: PLC0415
+
+    config = SimulationConfig(
+        workdir=out or default_workdir(),
+        tenants=tenants,
+        base=base,
+        corpora=corpora,
+        training=TrainingConfig(rounds=rounds, steps_per_round=steps),
+        control=control,
+    )
+    with Display(_console, config) as display:
+        result = run_simulation(config, report=display.show)
+    (_console if json_ else Console()).print(summary(result))
+    if json_:
+        _print_json(result.to_json())
+    raise typer.Exit(0 if result.sound else 1)
+
+
+@app.command()
+def join(
+    identity: Annotated[Path, typer.Argument(help="Directory for the key and the certificate.")],
+    name: Annotated[str, typer.Option(help="The name to be certified under: letters, digits, hyphens.")],
+    json_: Json = False,
+) -> None:
+    """Make a tenant's key here and a certificate request to give to the host's operator."""
+    from symbiosis.protocols.identity_directory import create_request  # noqa: PLC0415
+
+    create_request(identity, name)
+    request = identity / "tenant.csr"
+    _console.print(f"Give {request} to the host's operator, who runs `symbiosis host sign`. The key stays here.")
+    if json_:
+        _print_json({"identity": str(identity), "request": str(request), "name": name})
+
+
+@host_app.command("init")
+def host_init(
+    state: Annotated[Path, typer.Argument(help="Directory for the host's authority.")],
+    json_: Json = False,
+) -> None:
+    """Make the authority that signs the host's own certificate and its tenants'."""
+    from symbiosis.protocols.authority import Authority  # noqa: PLC0415
+
+    authority = Authority.create(common_name="symbiosis host authority")
+    authority.save(state)
+    _console.print(f"Authority in {state}, fingerprint {authority.fingerprint}")
+    if json_:
+        _print_json({"state": str(state), "fingerprint": authority.fingerprint})
+
+
+@host_app.command("sign")
+def host_sign(
+    state: Annotated[Path, typer.Argument(help="Directory of the host's authority.")],
+    request: Annotated[Path, typer.Argument(help="A tenant's certificate request, `tenant.csr`.")],
+    out: Annotated[Path, typer.Option(help="Directory for tenant.pem and ca.pem; the tenant puts them beside its key.")],
+    json_: Json = False,
+) -> None:
+    """Sign a tenant's certificate request."""
+    from symbiosis.protocols.authority import Authority  # noqa: PLC0415
+    from symbiosis.protocols.identity import summary  # noqa: PLC0415
+
+    authority = Authority.load(state)
+    certificate = authority.sign_tenant(_read(request))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "tenant.pem").write_bytes(certificate)
+    (out / "ca.pem").write_bytes(authority.certificate_pem)
+    made = summary(certificate)
+    _console.print(f"Signed {made.tenant}, valid until {made.not_after:%Y-%m-%d %H:%M} UTC: {out / 'tenant.pem'}")
+    if json_:
+        _print_json({"tenant": made.tenant, "not_after": made.not_after.isoformat(), "out": str(out)})
+
+
+@host_app.command("serve")
+def host_serve(
+    state: Annotated[Path, typer.Argument(help="Directory of the host's authority.")],
+    base: Annotated[str, typer.Option(help="A model directory, a hub id, or `builtin`.")] = "builtin",
+    listen: Annotated[str, typer.Option(help="host:port to listen on.")] = "127.0.0.1:8443",
+    name: Annotated[
+        list[str] | None, typer.Option(help="DNS name or address that tenants use; repeat for more.")
+    ] = None,
+    publish: Annotated[str, typer.Option(help="What tenants may fetch: nothing, half or all.")] = "half",
+    dtype: Annotated[str, typer.Option(help="dtype of the hosted weights; auto keeps the file's.")] = "auto",
+    threads: Annotated[int, typer.Option(help="Threads of one product; 0 lets PyTorch choose.")] = 0,
+    json_: Json = False,
+) -> None:
+    """Serve a base until interrupted."""
+    import torch  # noqa: PLC0415
+
+    from symbiosis.protocols.authority import Authority  # noqa: PLC0415
+    from symbiosis.server.base import load_base  # noqa: PLC0415
+    from symbiosis.server.host import Host  # noqa: PLC0415
+    from symbiosis.server.service import Service, ServiceConfig  # noqa: PLC0415
+    from symbiosis.simulations.builtin import resolve_base  # noqa: PLC0415
+
+    if threads > 0:
+        torch.set_num_threads(threads)
+    authority = Authority.load(state)
+    names = name or sorted({listen.rpartition(":")[0], "127.0.0.1", "localhost"} - {"0.0.0.0", "::"})  # noqa: S104
+    hosted = load_base(resolve_base(base), dtype=dtype, publish=_policy(publish))
+    with Host(hosted) as host, Service(host, authority.issue_host(names), ServiceConfig(address=listen)) as service:
+        manifest = hosted.manifest
+        _console.print(f"Serving {manifest.base}: {len(manifest.layers)} layers on {service.address} (Ctrl-C ends it)")
+        if json_:
+            _print_json({"address": service.address, "base": manifest.base, "layers": len(manifest.layers)})
+            sys.stdout.flush()
+        service.wait()
+
+
+@audit_app.command("verify")
+def audit_verify(
+    ledger: Annotated[Path, typer.Argument(help="A ledger, `*.jsonl`.")],
+    json_: Json = False,
+) -> None:
+    """Replay a ledger's chain; name the first entry that was edited, dropped or moved."""
+    from symbiosis.privacy.ledger_verify import verify  # noqa: PLC0415
+
+    verified = verify(ledger)
+    _console.print(f"[green]intact[/]: {verified.entries} entries, {verified.bytes} bytes left {verified.tenant}")
+    if json_:
+        _print_json(
+            {
+                "ledger": str(ledger),
+                "tenant": verified.tenant,
+                "entries": verified.entries,
+                "bytes": verified.bytes,
+                "head": {"sequence": verified.head.sequence, "hash": verified.head.hash},
+            }
+        )
+
+
+def _policy(name: str) -> Any:
+    from symbiosis.protocols.manifest import Publish  # noqa: PLC0415
+
+    try:
+        return Publish(name)
+    except ValueError:
+        names = ", ".join(policy.value for policy in Publish)
+        raise ConfigurationError(f"there is no publishing policy {name!r}", f"Choose one of {names}") from None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigurationError(f"cannot read {path}: {error.strerror}", "Check the path") from error

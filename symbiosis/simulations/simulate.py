@@ -1,0 +1,196 @@
+"""The main job: many tenants fine-tune privately against one hosted base, run by Flower, and compared with a local run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from symbiosis.clients.training import TrainingConfig
+from symbiosis.errors import ConfigurationError, SimulationError, UnknownBaseError
+from symbiosis.simulations.builtin import BUILTIN, resolve_base
+from symbiosis.simulations.data import corpus_of
+from symbiosis.simulations.flower_run import FlowerRun, flower_run, is_completed, is_finished
+from symbiosis.simulations.results import SimulationResult, TenantResult, read_tenant, write_result
+
+_log = logging.getLogger(__name__)
+
+Event = Mapping[str, Any]
+"""One line of the server's `events.jsonl`, or one of this module's own (`control-started`, `control`)."""
+
+_TICK_S = 0.3
+_STATUS_EVERY_S = 10.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SimulationConfig:
+    """A simulated run."""
+
+    workdir: Path
+    """Where everything goes; must not exist, or be empty."""
+    tenants: int = 4
+    """How many tenants take part."""
+    base: str = BUILTIN
+    """What the host serves: a directory, a hub id, or `builtin`."""
+    corpora: str = ""
+    """Corpora separated by commas, dealt out to the tenants in turn; empty for the packages held out of the base."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """What every tenant trains."""
+    control: bool = True
+    """Whether the same training is done on an ordinary local model too."""
+
+    def __post_init__(self) -> None:
+        if self.tenants < 1:
+            raise ConfigurationError(f"a simulation of {self.tenants} tenants", "Ask for at least 1")
+
+
+def default_workdir() -> Path:
+    """A directory of this run's own under `runs/`."""
+    return Path("runs") / datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+
+
+def simulate(config: SimulationConfig, *, report: Callable[[Event], None] = lambda _: None) -> SimulationResult:
+    """Run it.
+
+    Args:
+        config: what to run.
+        report: called with every event while it runs.
+
+    Returns:
+        What each tenant reached; also written to `result.json` and `losses.png` in the workdir.
+
+    Raises:
+        ConfigurationError: the workdir is not empty, or the base is not there.
+        SimulationError: the run did not complete; a tenant that failed alone is reported in the result instead.
+    """
+    started = time.monotonic()
+    workdir = _prepare(config)
+    with flower_run(workdir, supernodes=config.tenants, settings=_settings(config, workdir)) as run:
+        failures = _watch(run, workdir, report)
+    tenants = [_read(workdir, config, partition, failures) for partition in range(config.tenants)]
+    if config.control:
+        tenants = _with_controls(tenants, config, workdir, report)
+    result = SimulationResult(
+        tenants=tuple(tenants),
+        rounds=config.training.rounds,
+        base=config.base,
+        seconds=round(time.monotonic() - started, 1),
+        directory=str(workdir),
+        training=asdict(config.training),
+    )
+    write_result(result, workdir)
+    return result
+
+
+def _prepare(config: SimulationConfig) -> Path:
+    base = resolve_base(config.base)
+    looks_local = base.startswith((".", "~", "/")) or base.count("/") > 1
+    if looks_local and not Path(base).expanduser().is_dir():
+        raise UnknownBaseError(f"there is no directory {config.base!r}", "Give a directory of a model, or `builtin`")
+    workdir = config.workdir.resolve()
+    if workdir.exists() and any(workdir.iterdir()):
+        raise ConfigurationError(f"{config.workdir} is not empty", "Give another directory with --out")
+    workdir.mkdir(parents=True, exist_ok=True)
+    return workdir
+
+
+def _settings(config: SimulationConfig, workdir: Path) -> dict[str, Any]:
+    training = {name.replace("_", "-"): value for name, value in asdict(config.training).items()}
+    base = config.base
+    if Path(base).expanduser().is_dir():
+        base = str(Path(base).expanduser().resolve())
+    corpora = ",".join(_absolute(name) for name in config.corpora.split(",") if name.strip())
+    return {**training, "tenants": config.tenants, "base": base, "corpora": corpora, "workdir": str(workdir)}
+
+
+def _absolute(corpus: str) -> str:
+    """A corpus that is a path means the same from Flower's working directory."""
+    path = Path(corpus.strip())
+    return str(path.resolve()) if os.sep in corpus and path.exists() else corpus.strip()
+
+
+def _watch(run: FlowerRun, workdir: Path, report: Callable[[Event], None]) -> dict[str, str]:
+    """Pass events on until the run is over; reasons of tenants that failed, by name."""
+    failures: dict[str, str] = {}
+    events = _events(workdir / "events.jsonl")
+    status, asked_s, over = "", 0.0, False
+    while True:
+        for event in events:
+            if event is None:
+                break
+            report(event)
+            over = over or event["event"] == "done"
+            if event["event"] == "failed":
+                failures[str(event["tenant"])] = str(event["reason"])
+        if time.monotonic() - asked_s > (1.0 if over else _STATUS_EVERY_S):
+            status, asked_s = run.status(), time.monotonic()
+            if is_finished(status):
+                break
+        time.sleep(_TICK_S)
+    if not is_completed(status):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items()) or "no tenant's fault"
+        raise SimulationError(f"the Flower run ended as {status} ({reasons})", f"Read {workdir / 'run.log'}")
+    return failures
+
+
+def _events(path: Path) -> Iterator[Event | None]:
+    """The file's events as they come; `None` whenever there is no more for now."""
+    position = 0
+    while True:
+        if path.is_file():
+            with path.open(encoding="utf-8") as file:
+                file.seek(position)
+                for line in iter(file.readline, ""):
+                    if not line.endswith("\n"):
+                        break
+                    position = file.tell()
+                    yield json.loads(line)
+        yield None
+
+
+def _read(workdir: Path, config: SimulationConfig, partition: int, failures: Mapping[str, str]) -> TenantResult:
+    name = f"tenant-{partition + 1}"
+    corpus = corpus_of(config.corpora, partition)
+    return read_tenant(workdir / "tenants" / name, name=name, corpus=corpus, failure=failures.get(name))
+
+
+def _with_controls(
+    tenants: list[TenantResult], config: SimulationConfig, workdir: Path, report: Callable[[Event], None]
+) -> list[TenantResult]:
+    """The tenants with the loss of the same training on a local model, computed in processes of their own."""
+    report({"event": "control-started", "tenants": len(tenants)})
+    spawn = multiprocessing.get_context("spawn")
+    workers = min(len(tenants), os.cpu_count() or 1)
+    with ProcessPoolExecutor(max_workers=workers, mp_context=spawn, initializer=_one_thread) as pool:
+        futures = {
+            tenant.name: pool.submit(_control, config, tenant.corpus, workdir / "control" / tenant.name)
+            for tenant in tenants
+            if tenant.failure is None
+        }
+        finished = []
+        for tenant in tenants:
+            loss = futures[tenant.name].result() if tenant.name in futures else None
+            report({"event": "control", "tenant": tenant.name, "loss": loss})
+            finished.append(tenant.with_local_loss(loss))
+    return finished
+
+
+def _control(config: SimulationConfig, corpus: str, directory: Path) -> float:
+    from symbiosis.simulations.control import local_loss  # noqa: PLC0415 - in the child only
+
+    directory.mkdir(parents=True)
+    return local_loss(config.base, corpus, config.training, directory=directory)
+
+
+def _one_thread() -> None:
+    import torch  # noqa: PLC0415 - in the child only
+
+    torch.set_num_threads(1)

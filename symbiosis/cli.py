@@ -155,7 +155,9 @@ def host_init(
 def host_sign(
     state: Annotated[Path, typer.Argument(help="Directory of the host's authority.")],
     request: Annotated[Path, typer.Argument(help="A tenant's certificate request, `tenant.csr`.")],
-    out: Annotated[Path, typer.Option(help="Directory for tenant.pem and ca.pem; the tenant puts them beside its key.")],
+    out: Annotated[
+        Path, typer.Option(help="Directory for tenant.pem and ca.pem; the tenant puts them beside its key.")
+    ],
     json_: Json = False,
 ) -> None:
     """Sign a tenant's certificate request."""

@@ -83,7 +83,9 @@ class EgressGate:
         """
         for name, value in record.items():
             if name not in allowed:
-                raise CustodyError(f"a Flower message may not carry {name!r}", "Only whitelisted scalars leave")  # rule 1
+                raise CustodyError(
+                    f"a Flower message may not carry {name!r}", "Only whitelisted scalars leave"
+                )  # rule 1
             if name != "csr" and not isinstance(value, bool | int | float) and not _short_text(value):
                 raise CustodyError(f"a Flower message may not carry a {type(value).__name__} as {name!r}")  # rule 1
         data = canonical_json({name: _plain(value) for name, value in record.items()})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import safetensors
@@ -76,7 +77,7 @@ class TenantHalf:
         if self._scratch is None:
             self._scratch = tempfile.TemporaryDirectory(prefix="symbiosis-base-")
             for file in self._manifest.files:
-                data = self._cached(file.digest, lambda name=file.name, count=file.byte_count: self._fetch_file(name, count))  # type: ignore[misc]
+                data = self._cached(file.digest, partial(self._fetch_file, file.name, file.byte_count))
                 if sha256_hex(data) != file.digest:
                     raise FrameError(f"the host's file {file.name} is not the one in its manifest", "Connect again")
                 (Path(self._scratch.name) / file.name).write_bytes(data)
@@ -113,7 +114,7 @@ def _read_layer(data: bytes, layer: Layer) -> torch.Tensor:
 
 def _read_tensor(data: bytes, *, name: str, shape: tuple[int, ...], dtype: str, digest: str) -> torch.Tensor:
     try:
-        tensor = safetensors.torch.load(data)["tensor"]
+        tensor: torch.Tensor = safetensors.torch.load(data)["tensor"]
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise FrameError(f"the host's {name} is not a safetensors file", "Connect again, or clear the cache") from error
     if tuple(tensor.shape) != shape or dtype_name(tensor.dtype) != dtype or tensor_digest(tensor) != digest:
@@ -133,6 +134,8 @@ def _local_tensors(folder: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
     try:
         model = model_class.from_pretrained(folder, dtype="auto", use_safetensors=True)
     except (OSError, ValueError) as error:
-        raise UnknownBaseError(f"the base in {str(folder)!r} cannot be loaded: {error}", "Check the directory") from error
+        raise UnknownBaseError(
+            f"the base in {str(folder)!r} cannot be loaded: {error}", "Check the directory"
+        ) from error
     wanted = {tensor.name for tensor in manifest.tensors}
     return {name: tensor for name, tensor in model.state_dict().items() if name in wanted}

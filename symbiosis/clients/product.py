@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from symbiosis.clients.session import Session
 from symbiosis.protocols.messages import Direction
@@ -33,7 +33,7 @@ def product(
     Returns:
         One tensor of shape `(..., widths[k])` per result, in the dtype and on the device of `rows`.
     """
-    results = _Product.apply(rows, session, layers, direction, tuple(widths))
+    results = _Product.apply(rows, session, layers, direction, tuple(widths))  # type: ignore[no-untyped-call]
     return results if isinstance(results, tuple) else (results,)
 
 
@@ -58,7 +58,7 @@ class _Product(torch.autograd.Function):
         return tuple(_unsafe_view(part, shape) for part, shape in zip(parts, shapes, strict=True))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         given = next((grad for grad in grads if grad is not None), None)
         if given is None:
@@ -83,6 +83,5 @@ def _call(
     return session.multiply(layers, direction, rows_TI.cpu().contiguous()).to(rows.device)
 
 
-def _input_width(ctx: FunctionCtx) -> int:
-    manifest = ctx.session.manifest  # type: ignore[attr-defined]
-    return int(manifest.widths(ctx.layers, ctx.direction)[0])  # type: ignore[attr-defined]
+def _input_width(ctx: Any) -> int:
+    return int(ctx.session.manifest.widths(ctx.layers, ctx.direction)[0])

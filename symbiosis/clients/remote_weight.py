@@ -61,7 +61,7 @@ class RemoteWeight(torch.Tensor):
     _transposed: bool
 
     @staticmethod
-    def __new__(
+    def __new__(  # noqa: D102 - documented in the class
         cls,
         source: WeightSource,
         layer: Layer,
@@ -72,14 +72,14 @@ class RemoteWeight(torch.Tensor):
     ) -> RemoteWeight:
         rows, columns = layer.shape
         sizes, strides = ((columns, rows), (1, columns)) if transposed else ((rows, columns), (columns, 1))
-        weight: RemoteWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        weight: RemoteWeight = torch.Tensor._make_wrapper_subclass(
             cls, sizes, strides=strides, dtype=dtype, device=torch.device(device), requires_grad=False
         )
         weight._source = source
         weight._layer = layer
         weight._transposed = transposed
         # Modules register it as a parameter, and loading code does not wrap it again.
-        weight._is_param = True  # type: ignore[attr-defined]
+        weight._is_param = True
         return weight
 
     @property
@@ -87,7 +87,7 @@ class RemoteWeight(torch.Tensor):
         """Full name of the weight in the host's manifest."""
         return self._layer.name
 
-    def multiply(self, rows: torch.Tensor, *, transposed: bool) -> torch.Tensor:
+    def multiply_rows(self, rows: torch.Tensor, *, transposed: bool) -> torch.Tensor:
         """`rows @ W`, or `rows @ Wᵀ` if `transposed`; shape `(..., width)`, dtype and device of `rows`."""
         # Stored as (out, in), `rows @ storedᵀ` is the layer's forward; stored as (in, out), `rows @ stored` is.
         stored_transposed = transposed != self._transposed
@@ -116,7 +116,7 @@ class RemoteWeight(torch.Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
         types: Sequence[type],
@@ -165,7 +165,7 @@ class RemoteWeight(torch.Tensor):
             "Save the adapter (`save_pretrained` of the PEFT model), not the base",
         )
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"RemoteWeight({self._layer.name}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
     def _like(
@@ -205,15 +205,15 @@ def is_remote(tensor: object) -> bool:
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:  # noqa: A002
     if is_remote(input) or is_remote(bias) or not isinstance(weight, RemoteWeight):
         return NotImplemented
-    result = weight.multiply(input, transposed=True)
+    result = weight.multiply_rows(input, transposed=True)
     return result if bias is None else result + bias.to(result.dtype)
 
 
 def _matmul(left: torch.Tensor, right: torch.Tensor) -> Any:
     if isinstance(right, RemoteWeight) and not is_remote(left):
-        return right.multiply(left, transposed=False)
+        return right.multiply_rows(left, transposed=False)
     if isinstance(left, RemoteWeight) and not is_remote(right) and right.dim() >= 2:
-        return left.multiply(right.mT, transposed=True).mT
+        return left.multiply_rows(right.mT, transposed=True).mT
     return NotImplemented
 
 

@@ -1,8 +1,8 @@
 """Siblings: weights that the same rows meet one after the other (q, k and v; gate and up) share one call.
 
-Which weights are siblings is observed, never guessed from names: weights that met the same tensor in a row form a group,
-and the next time the first of them is met, one call answers all. An answer is handed out only for the very tensor,
-unchanged, that was sent, so a graph that changes falls back to single calls and never to a wrong number.
+Which weights are siblings is observed, never guessed from names: weights that met the same tensor one after the other
+form a group, and the next time the first of them is met, one call answers all. An answer is handed out only for the
+very tensor, unchanged, that was sent, so a graph that changes falls back to single calls and never to a wrong number.
 
 Rules, numbered where they are enforced:
 

@@ -86,7 +86,7 @@ class TenantData:
     def __post_init__(self) -> None:
         if not self.train or not self.held_out:
             raise MissingCorpusError(
-                f"the corpus {self.corpus!r} has {len(self.train)} blocks to train on and {len(self.held_out)} held out",
+                f"the corpus {self.corpus!r} has {len(self.train)} blocks to train on, {len(self.held_out)} held out",
                 "Give more text, or shorter blocks",
             )
 
@@ -166,7 +166,9 @@ def held_out_loss(model: Any, data: TenantData, config: TrainingConfig) -> float
 
 
 @torch.no_grad()
-def sample(model: Any, tokenizer: PreTrainedTokenizerBase, data: TenantData, *, prompt_tokens: int = 32) -> tuple[str, str]:
+def sample(
+    model: Any, tokenizer: PreTrainedTokenizerBase, data: TenantData, *, prompt_tokens: int = 32
+) -> tuple[str, str]:
     """A prompt from the held-out text, and what the model says after it, greedily."""
     was_training = model.training
     model.eval()

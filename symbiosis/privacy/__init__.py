@@ -1,6 +1,6 @@
 """How rows are hidden, what left (the ledger), and how both are checked.
 
-    from symbiosis.privacy import read_transcript
+from symbiosis.privacy import read_transcript
 """
 
 from symbiosis.privacy.mechanism import Mechanism, Plaintext

@@ -1,4 +1,4 @@
-"""Messages to chunks of at most 1 MiB and back. Nothing is allocated before plain integers agreed; nothing is unpickled.
+"""Messages to chunks of at most 1 MiB and back. Plain integers agree before anything is allocated; no pickle anywhere.
 
 A chunk is `header length (4 bytes, little endian) | protobuf header | payload`; see `symbiosis_wire.proto`.
 Reading follows five rules, numbered where they are enforced:
@@ -15,7 +15,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from google.protobuf.message import DecodeError
@@ -35,7 +35,7 @@ _DTYPE_TO_WIRE = {
     torch.float16: pb.DTYPE_FLOAT16,
     torch.bfloat16: pb.DTYPE_BFLOAT16,
 }
-_DTYPE_FROM_WIRE = {number: dtype for dtype, number in _DTYPE_TO_WIRE.items()}
+_DTYPE_FROM_WIRE: dict[int, torch.dtype] = {number: dtype for dtype, number in _DTYPE_TO_WIRE.items()}
 _DIRECTION_TO_WIRE = {Direction.FORWARD: pb.DIRECTION_FORWARD, Direction.BACKWARD: pb.DIRECTION_BACKWARD}
 _DIRECTION_FROM_WIRE = {number: direction for direction, number in _DIRECTION_TO_WIRE.items()}
 _KIND_TO_WIRE = {
@@ -138,7 +138,6 @@ def encode_reply(message: Reply) -> Encoded:
 
 
 _Message = TypeVar("_Message")
-_MessageOut = TypeVar("_MessageOut", covariant=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,10 +148,8 @@ class Pending(Generic[_Message]):
     finish: Callable[[bytearray], _Message]
 
 
-class HeaderReader(Protocol[_MessageOut]):
-    """Turns a header into a `Pending` message, raising a `ProtocolError` for one that must not be."""
-
-    def __call__(self, header: bytes) -> Pending[_MessageOut]: ...  # noqa: D102
+HeaderReader = Callable[[bytes], Pending[_Message]]
+"""Turns a header into a `Pending` message, raising a `ProtocolError` for one that must not be."""
 
 
 class Assembler(Generic[_Message]):
@@ -242,9 +239,7 @@ def reply_reader(*, max_payload_bytes: Callable[[], int]) -> HeaderReader[Reply]
         if kind == "refusal":
             refusal = parsed.refusal
             return _empty(
-                Refusal(
-                    number=number, code=refusal.code, message=refusal.message, next_action=refusal.next_action
-                )
+                Refusal(number=number, code=refusal.code, message=refusal.message, next_action=refusal.next_action)
             )
         if kind == "welcome":
             return _empty(_read_welcome(parsed.welcome))

@@ -26,7 +26,11 @@ _REASONS = (
     ("ip address mismatch", "the host's certificate is for another address", "Use the name in its certificate"),
     ("has expired", "the host's certificate has expired", "Ask its operator to renew it"),
     ("not yet valid", "the host's certificate is not valid yet", "Compare the clocks of both machines"),
-    ("certificate verify failed", "the host's certificate is not signed by the authority in ca.pem", "Check the address"),
+    (
+        "certificate verify failed",
+        "the host's certificate is not signed by the authority in ca.pem",
+        "Check the address",
+    ),
     ("wrong version number", "what answers there does not speak TLS", "Check the address and the port"),
     ("protocol version", "what answers there does not speak TLS 1.3", "Ask its operator to update it"),
 )
@@ -74,4 +78,6 @@ def _named(address: str, error: ssl.SSLError) -> CertificateError:
     for needle, problem, action in _REASONS:
         if needle in text:
             return CertificateError(f"{problem} ({address})", action)
-    return CertificateError(f"the TLS handshake with {address} failed: {error.reason or error}", "Check both sides' certificates")
+    return CertificateError(
+        f"the TLS handshake with {address} failed: {error.reason or error}", "Check both sides' certificates"
+    )

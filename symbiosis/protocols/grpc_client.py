@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from symbiosis.errors import FrameError, HostUnavailableError, SymbiosisError
 from symbiosis.protocols.codec import Assembler, Encoded, Reply, Request, reply_reader
@@ -74,7 +74,7 @@ class GrpcTransport:
             self._stream.cancel()
             self._channel.close()
 
-    def _open(self) -> tuple[grpc.Channel, grpc.CallIterator[bytes]]:
+    def _open(self) -> tuple[grpc.Channel, Any]:
         import grpc  # noqa: PLC0415 - importing symbiosis.clients must not load gRPC
 
         channel = grpc.secure_channel(
@@ -87,7 +87,8 @@ class GrpcTransport:
             options=CHANNEL_OPTIONS,
         )
         # No serializers: chunks are bytes already.
-        return channel, channel.stream_stream(METHOD)(iter(self._outgoing.get, None))
+        stream: Any = channel.stream_stream(METHOD)
+        return channel, stream(iter(self._outgoing.get, None))
 
     def _receive(self) -> Reply:
         try:
@@ -163,7 +164,7 @@ class _Watchdog:
                 return
 
 
-def _outcome(error: grpc.RpcError) -> tuple[grpc.StatusCode, str]:
+def _outcome(error: Any) -> tuple[grpc.StatusCode, str]:
     import grpc  # noqa: PLC0415
 
     if isinstance(error, grpc.Call):

@@ -31,7 +31,7 @@ class InProcessTransport:
             raise HostUnavailableError("the base is closed", "Open it again with `local_base(...)`")
         try:
             reply = self._handler.handle(self._tenant, request)
-        except Exception as error:  # noqa: BLE001 - the boundary: everything becomes a refusal, as on a wire
+        except Exception as error:
             raise error_of(refusal_of(error, number=getattr(request, "number", 0))) from error
         if isinstance(reply, Refusal):
             raise error_of(reply)

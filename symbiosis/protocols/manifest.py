@@ -125,7 +125,8 @@ class Manifest:
         wanted = tuple(positions)
         if not wanted or len(wanted) > MAX_GROUP_LAYERS or len(set(wanted)) != len(wanted):
             raise UnknownLayerError(
-                f"a call names {len(wanted)} layers, or one of them twice", f"Name 1 to {MAX_GROUP_LAYERS} unlike layers"
+                f"a call names {len(wanted)} layers, or one of them twice",
+                f"Name 1 to {MAX_GROUP_LAYERS} unlike layers",
             )
         for position in wanted:
             if not 0 <= position < len(self.layers):

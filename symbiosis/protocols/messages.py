@@ -148,4 +148,5 @@ def split_rows(rows: torch.Tensor, *, widest: int, max_bytes: int) -> Sequence[t
     Rows are independent, so the answers put together again are the answer of the whole.
     """
     per_row_bytes = max(1, widest * rows.element_size())
-    return rows.split(max(1, max_bytes // per_row_bytes))
+    pieces: Sequence[torch.Tensor] = rows.split(max(1, max_bytes // per_row_bytes))
+    return pieces

@@ -1,4 +1,4 @@
-"""Errors on the wire: a code, a message and a next action. Only errors of our own tree cross; all else is `host-failure`.
+"""Errors on the wire: code, message and next action. Only errors of our own tree cross; all else is `host-failure`.
 
 The codes are looked up in the tree itself, so a new error class travels without a second list to forget.
 """

@@ -38,7 +38,7 @@ STORED_DTYPES: dict[str, torch.dtype] = {
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The elements of a contiguous CPU tensor as bytes; a view, valid as long as the tensor is."""
     flat = tensor.detach().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def tensor_from_bytes(data: bytearray | bytes, *, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Recording: the host's view of one tenant's traffic, as a folder of raw rows and an index. The writer's half.
+"""Recording: the host's view of one tenant's traffic, as raw rows and an index. The writer's half.
 
-`frames.jsonl` holds one JSON object per frame: `sequence`, `layers`, `direction`, `dtype`, `shape`, `offset` (bytes into
-`rows.bin`). The rows are stored as they leave, after the mechanism. `privacy.read_transcript` reads both.
+`frames.jsonl` holds one JSON object per frame: `sequence`, `layers`, `direction`, `dtype`, `shape` and `offset` (bytes
+into `rows.bin`). The rows are stored as they leave, after the mechanism. `privacy.read_transcript` reads both.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class HostedBase:
         if tensor is None:
             require_published(self.manifest, name)
             tensor = self.weights[self.manifest.position(name)][0]
-        return safetensors.torch.save({"tensor": tensor.detach().contiguous().cpu()})
+        return bytes(safetensors.torch.save({"tensor": tensor.detach().contiguous().cpu()}))
 
     def file_blob(self, name: str) -> bytes:
         """A published file.

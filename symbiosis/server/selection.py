@@ -1,4 +1,4 @@
-"""Which parameters of a model live at the host: the linear layers of its repeated blocks. The rest is the tenant's half.
+"""Which parameters of a model live at the host: the linear layers of its blocks. The rest is the tenant's half.
 
 Three rules, numbered where they are applied:
 

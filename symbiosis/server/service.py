@@ -14,7 +14,7 @@ A stream is served by these rules, numbered where they are enforced:
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -69,7 +69,7 @@ class Service:
             options=options,
             maximum_concurrent_rpcs=config.max_streams,
         )
-        method = grpc.stream_stream_rpc_method_handler(self._exchange)
+        method: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_stream_rpc_method_handler(self._exchange)
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler("symbiosis.v1.Host", {"Exchange": method}),)
         )
@@ -134,7 +134,7 @@ class Service:
         except SymbiosisError as error:
             _log.warning("refused a message of tenant %s: %s", tenant, error.code)
             return refusal_of(error, number=number)
-        except Exception as error:  # noqa: BLE001 - the edge: an accident ends in a refusal, not in a dead stream
+        except Exception as error:
             _log.exception("failed to answer a message of tenant %s", tenant)
             return refusal_of(error, number=number)  # rule 5
 
@@ -151,7 +151,7 @@ def _authenticate(context: grpc.ServicerContext) -> _Peer:
     Raises:
         CertificateError: TLS is too old, or the certificate names no tenant.
     """
-    auth = context.auth_context()
+    auth: Mapping[str, Iterable[bytes]] = context.auth_context()  # type: ignore[assignment]  # its stub is looser
     versions = [bytes(value).decode(errors="replace") for value in auth.get("ssl_tls_version", ())]
     if versions != ["TLSv1.3"]:
         raise CertificateError(f"the stream uses {versions[0] if versions else 'no TLS'}, not TLS 1.3", "Update TLS")

@@ -64,7 +64,9 @@ class Display:
         self._rows = (rows, moment)
         if since and moment > since:
             speed = (rows - before) / (moment - since)
-            self._note(self._host, f"{rows:,} rows served, {speed:,.0f} rows/s, {event['calls_per_batch']:.2f} calls/batch")
+            self._note(
+                self._host, f"{rows:,} rows served, {speed:,.0f} rows/s, {event['calls_per_batch']:.2f} calls/batch"
+            )
 
     def _on_round_started(self, event: Event) -> None:
         for name in event["tenants"]:
@@ -78,8 +80,8 @@ class Display:
 
     def _on_round(self, event: Event) -> None:
         self._console.print(
-            f"round {event['round']:.0f}: held-out loss {event['loss-held-out']:.4f}, {_bytes(event['bytes-sent'])} sent, "
-            f"{_bytes(event['bytes-received'])} received",
+            f"round {event['round']:.0f}: held-out loss {event['loss-held-out']:.4f}, "
+            f"{_bytes(event['bytes-sent'])} sent, {_bytes(event['bytes-received'])} received",
             highlight=False,
         )
 
@@ -148,12 +150,21 @@ def _row(tenant: TenantResult) -> list[str]:
 
 def _sample(tenant: TenantResult) -> Panel:
     text = Text()
-    text.append(tenant.prompt, style="dim")
-    text.append("\n── before ──\n", style="bold")
-    text.append(tenant.sample_before)
-    text.append("\n── after ──\n", style="bold")
-    text.append(tenant.sample_after)
-    return Panel(text, title=f"{tenant.name}: a held-out prompt, continued", expand=False)
+    for heading, passage in (
+        ("prompt", tenant.prompt),
+        ("before", tenant.sample_before),
+        ("after", tenant.sample_after),
+    ):
+        text.append(f"{heading:>7} ", style="bold")
+        text.append(_excerpt(passage) + "\n")
+    text.rstrip()
+    return Panel(text, title=f"{tenant.name}: a held-out prompt, continued", title_align="left", expand=False)
+
+
+def _excerpt(passage: str, *, lines: int = 6) -> str:
+    """The first lines that say something, indented under their heading."""
+    spoken = [line.rstrip() for line in passage.splitlines() if line.strip()]
+    return ("\n" + " " * 8).join(spoken[:lines]) or "(nothing but white space)"
 
 
 def _loss(value: float | None) -> str:

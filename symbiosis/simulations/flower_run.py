@@ -71,7 +71,9 @@ class FlowerRun:
         """
         if self._superlink.poll() is not None:
             raise SimulationError("Flower's SuperLink ended by itself", f"Read {self._workdir / 'superlink.log'}")
-        answer = _flwr(["ls", "--run-id", self.run_id, _CONNECTION, "--format", "json"], self._environment, self._workdir)
+        answer = _flwr(
+            ["ls", "--run-id", self.run_id, _CONNECTION, "--format", "json"], self._environment, self._workdir
+        )
         runs = answer.get("runs", [])
         return str(runs[0]["status"]) if runs else "unknown"
 
@@ -177,7 +179,7 @@ def _wait_until_healthy(superlink: subprocess.Popen[bytes], port: int, workdir: 
         if superlink.poll() is not None:
             break
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):  # noqa: S310 - loopback
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)

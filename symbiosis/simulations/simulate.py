@@ -1,4 +1,4 @@
-"""The main job: many tenants fine-tune privately against one hosted base, run by Flower, and compared with a local run."""
+"""The main job: many tenants fine-tune privately against one hosted base, compared with a local run."""
 
 from __future__ import annotations
 

@@ -1,0 +1,46 @@
+# One environment in .venv, two commands: `make demo` and `make test`. Everything they need they install themselves.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+OUT ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format protos base clean
+
+help: ## Show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+setup: $(STAMP) ## Build the environment in .venv
+
+# PyTorch comes first and pinned: a bare `torch` would bring gigabytes of CUDA to a machine without a GPU.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup ## Run the main job: tenants fine-tune privately against one hosted base
+	$(BIN)/symbiosis simulate $(if $(OUT),--out $(OUT))
+
+test: setup ## Run all tests
+	$(BIN)/python -m pytest
+
+check: setup ## Format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup ## Format and fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+protos: setup ## Regenerate the protobuf code
+	cd symbiosis/protocols && ../../$(BIN)/python -m grpc_tools.protoc -I. --python_out=_generated --pyi_out=_generated symbiosis_wire.proto
+
+base: setup ## Train the built-in base again (about 25 minutes)
+	$(BIN)/python scripts/train_base.py
+
+clean: ## Remove the environment and what tests leave
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

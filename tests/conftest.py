@@ -1,0 +1,111 @@
+"""Factories that several test modules share. Each closes what it made, newest first, also when a test fails."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from oracles import RawStream
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from symbiosis.clients import connect
+from symbiosis.clients.base import Base
+from symbiosis.protocols.authority import Authority
+from symbiosis.protocols.identity_directory import create_request, install_certificate, load_credentials
+from symbiosis.protocols.transport import Handler
+from symbiosis.server.base import host_model
+from symbiosis.server.host import Host
+from symbiosis.server.service import Service, ServiceConfig
+from symbiosis.simulations import local_base
+
+# The same examples in every run, so that a red build means a changed package; `nightly` looks for new ones.
+settings.register_profile("every-build", deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("nightly", deadline=None, max_examples=10_000, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "every-build"))
+
+transformers_logging.disable_progress_bar()
+
+OpenBase = Callable[..., Base]
+Enrol = Callable[..., Path]
+Serve = Callable[..., Service]
+Join = Callable[..., Base]
+OpenStream = Callable[..., RawStream]
+
+
+@pytest.fixture
+def open_base() -> Iterator[OpenBase]:
+    """`local_base(...)`, closed after the test."""
+    with ExitStack() as stack:
+        yield lambda model, **options: stack.enter_context(local_base(model, **options))
+
+
+@pytest.fixture(scope="module")
+def keep_base() -> Iterator[OpenBase]:
+    """`local_base(...)`, closed after the module's last test."""
+    with ExitStack() as stack:
+        yield lambda model, **options: stack.enter_context(local_base(model, **options))
+
+
+@pytest.fixture(scope="session")
+def authority() -> Authority:
+    return Authority.create(common_name="the tests' authority")
+
+
+@pytest.fixture
+def enrol(authority: Authority, tmp_path: Path) -> Enrol:
+    """An identity directory for a tenant of the tests' authority, or of another one."""
+
+    def make(name: str, *, by: Authority = authority, lifetime: timedelta = timedelta(hours=1)) -> Path:
+        folder = tmp_path / f"identity-{name}-{len(list(tmp_path.glob('identity-*')))}"
+        certificate = by.sign_tenant(create_request(folder, name), lifetime=lifetime)
+        install_certificate(folder, certificate_pem=certificate, ca_pem=by.certificate_pem)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def serve(authority: Authority) -> Iterator[Serve]:
+    """A handler, or a frozen model, behind gRPC and TLS on loopback."""
+    with ExitStack() as stack:
+
+        def make(
+            served: Handler | PreTrainedModel,
+            *,
+            names: tuple[str, ...] = ("127.0.0.1",),
+            by: Authority = authority,
+            service: type[Service] = Service,
+            config: ServiceConfig | None = None,
+        ) -> Service:
+            if isinstance(served, PreTrainedModel):
+                served = stack.enter_context(Host(host_model(served, name="tested")))
+            running = service(served, by.issue_host(names), config)
+            stack.callback(running.close, grace_s=0.0)
+            return running
+
+        yield make
+
+
+@pytest.fixture
+def join() -> Iterator[Join]:
+    """`connect(...)` without a cache, closed after the test."""
+    with ExitStack() as stack:
+
+        def make(address: str, identity: Path, **options: Any) -> Base:
+            return stack.enter_context(connect(address, identity=identity, **{"cache": None, **options}))
+
+        yield make
+
+
+@pytest.fixture
+def open_stream() -> Iterator[OpenStream]:
+    """An authenticated stream that sends whatever a test wants."""
+    with ExitStack() as stack:
+        yield lambda address, identity: stack.enter_context(RawStream(address, load_credentials(identity)))

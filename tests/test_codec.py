@@ -483,7 +483,7 @@ manifests = st.builds(
             lambda name, shape, digest: PublishedTensor(
                 name=name, shape=shape, dtype="float16", digest=digest, byte_count=2 * torch.Size(shape).numel()
             ),
-            names,
+            names.map("half.{}".format),
             st.lists(st.integers(0, 50), max_size=4).map(tuple),
             digests,
         ),

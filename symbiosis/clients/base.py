@@ -138,6 +138,8 @@ class Base:
         concrete = _concrete_class(model_class, config)
         model = concrete.from_pretrained(None, config=config, state_dict=self._state_dict(), **kwargs)
         model.requires_grad_(False)
+        # PEFT looks a named base up on the hub when it saves an adapter; nothing but calls should leave a tenant.
+        model.name_or_path = model.config.name_or_path = ""
         remote = {name for name, parameter in model.named_parameters() if is_remote(parameter)}
         # Saving the whole model saves the tenant's half; the hosted weights are not here to be saved.
         model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save or ()) | remote

@@ -7,7 +7,7 @@ Reading follows five rules, numbered where they are enforced:
 2. a message starts with a header and continues without one;
 3. enums and counts come from fixed tables and ranges, never from a name on the wire;
 4. `rows × width × itemsize` equals the announced bytes, and both are within the limit, before a buffer is made;
-5. a message ends exactly where it said: not a byte more.
+5. a message ends exactly where it said, not a byte more, and every chunk before its last one is full.
 """
 
 from __future__ import annotations
@@ -80,7 +80,11 @@ class Encoded:
 
 
 def encode_request(message: Request) -> Encoded:
-    """Encode a tenant's message."""
+    """Encode a tenant's message.
+
+    Raises:
+        DtypeError: rows of a dtype that the wire does not carry.
+    """
     payload = memoryview(b"")
     match message:
         case Hello():
@@ -93,7 +97,7 @@ def encode_request(message: Request) -> Encoded:
                     number=message.number,
                     layers=message.layers,
                     direction=_DIRECTION_TO_WIRE[message.direction],
-                    dtype=_DTYPE_TO_WIRE[message.rows.dtype],
+                    dtype=_wire_dtype(message.rows),
                     rows=message.rows.shape[0],
                     width=message.rows.shape[1],
                     byte_count=len(payload),
@@ -106,7 +110,11 @@ def encode_request(message: Request) -> Encoded:
 
 
 def encode_reply(message: Reply) -> Encoded:
-    """Encode a host's message."""
+    """Encode a host's message.
+
+    Raises:
+        DtypeError: rows of a dtype that the wire does not carry.
+    """
     payload = memoryview(b"")
     match message:
         case Welcome():
@@ -122,7 +130,7 @@ def encode_reply(message: Reply) -> Encoded:
         case Answer():
             payload = tensor_bytes(message.rows)
             answer = pb.Answer(
-                dtype=_DTYPE_TO_WIRE[message.rows.dtype],
+                dtype=_wire_dtype(message.rows),
                 rows=message.rows.shape[0],
                 width=message.rows.shape[1],
                 byte_count=len(payload),
@@ -135,6 +143,13 @@ def encode_reply(message: Reply) -> Encoded:
             refusal = pb.Refusal(code=message.code, message=message.message, next_action=message.next_action)
             header = pb.ReplyHeader(number=message.number, refusal=refusal)
     return Encoded(header=header.SerializeToString(), payload=payload)
+
+
+def _wire_dtype(rows: torch.Tensor) -> pb.Dtype:
+    try:
+        return _DTYPE_TO_WIRE[rows.dtype]
+    except KeyError:
+        raise DtypeError(f"rows of {rows.dtype} do not travel", "Send float32, float64, float16 or bfloat16") from None
 
 
 _Message = TypeVar("_Message")
@@ -186,7 +201,7 @@ class Assembler(Generic[_Message]):
         elif header:
             raise FrameError("a message began before the last one ended")  # rule 2
         end = self._filled_bytes + len(payload)
-        if end > len(self._buffer) or (not payload and end < len(self._buffer) and not header):
+        if end > len(self._buffer) or (end < len(self._buffer) and len(chunk) < MAX_CHUNK_BYTES):
             raise FrameError(f"a message announced {len(self._buffer)} bytes and brings {end}")  # rule 5
         self._buffer[self._filled_bytes : end] = payload
         self._filled_bytes = end

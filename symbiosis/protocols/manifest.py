@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum
@@ -13,8 +14,11 @@ from symbiosis.errors import FrameError, PolicyError, ShapeError, UnknownLayerEr
 from symbiosis.protocols.canonical import canonical_json, sha256_hex
 from symbiosis.protocols.limits import MAX_BLOB_BYTES, MAX_GROUP_LAYERS, MAX_MANIFEST_BYTES, MAX_NAME_CHARS
 from symbiosis.protocols.messages import Direction
+from symbiosis.protocols.tensors import STORED_DTYPES, byte_count
 
 MANIFEST_VERSION = 1
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class Publish(Enum):
@@ -177,18 +181,23 @@ class Manifest:
         try:
             fields = json.loads(data)
             version = fields["version"]
-            if version != MANIFEST_VERSION:
+            if type(version) is not int or version != MANIFEST_VERSION:  # neither true nor 1.0
                 raise VersionError(
                     f"the host's manifest has version {version!r}, this side reads {MANIFEST_VERSION}",
                     "Install the same release on both sides",
                 )
+            layers = tuple(_layer(entry) for entry in fields["layers"])
+            tensors = tuple(_tensor(entry) for entry in fields["tensors"])
+            files = tuple(_file(entry) for entry in fields["files"])
+            _refuse_twins([layer.name for layer in layers] + [tensor.name for tensor in tensors])
+            _refuse_twins([file.name for file in files])
             return cls(
                 base=_text(fields["base"]),
                 architecture=_text(fields["architecture"]),
                 publish=Publish(fields["publish"]),
-                layers=tuple(_layer(entry) for entry in fields["layers"]),
-                tensors=tuple(_tensor(entry) for entry in fields["tensors"]),
-                files=tuple(_file(entry) for entry in fields["files"]),
+                layers=layers,
+                tensors=tensors,
+                files=files,
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise FrameError(f"the host's manifest cannot be read: {type(error).__name__}: {error}") from error
@@ -228,24 +237,45 @@ def _count(value: Any) -> int:
     return value
 
 
+def _digest(value: Any) -> str:
+    # A tenant names the files of its cache after it: nothing else may pass.
+    if not isinstance(value, str) or _DIGEST.fullmatch(value) is None:
+        raise ValueError("a digest is not 64 hexadecimal digits")
+    return value
+
+
+def _dtype(value: Any) -> str:
+    if not isinstance(value, str) or value not in STORED_DTYPES:
+        raise ValueError(f"no tensor has the dtype {value!r}")
+    return value
+
+
+def _refuse_twins(names: list[str]) -> None:
+    if len(set(names)) != len(names):
+        raise ValueError("something is listed twice")
+
+
 def _layer(entry: Mapping[str, Any]) -> Layer:
     rows, columns = (_count(side) for side in entry["shape"])
+    dtype = _dtype(entry["dtype"])
+    if not 0 < _count(byte_count((rows, columns), STORED_DTYPES[dtype])):
+        raise ValueError("a layer has no elements")
     return Layer(
         name=_text(entry["name"]),
         shape=(rows, columns),
         orientation=Orientation(entry["orientation"]),
-        dtype=_text(entry["dtype"]),
-        digest=_text(entry["digest"]),
+        dtype=dtype,
+        digest=_digest(entry["digest"]),
     )
 
 
 def _tensor(entry: Mapping[str, Any]) -> PublishedTensor:
+    shape, dtype = tuple(_count(side) for side in entry["shape"]), _dtype(entry["dtype"])
+    count = _count(entry["byte_count"])
+    if count != byte_count(shape, STORED_DTYPES[dtype]):
+        raise ValueError(f"a {dtype} tensor of shape {shape} has not {count} bytes")
     return PublishedTensor(
-        name=_text(entry["name"]),
-        shape=tuple(_count(side) for side in entry["shape"]),
-        dtype=_text(entry["dtype"]),
-        digest=_text(entry["digest"]),
-        byte_count=_count(entry["byte_count"]),
+        name=_text(entry["name"]), shape=shape, dtype=dtype, digest=_digest(entry["digest"]), byte_count=count
     )
 
 
@@ -253,4 +283,4 @@ def _file(entry: Mapping[str, Any]) -> PublishedFile:
     name = _text(entry["name"])
     if "/" in name or "\\" in name or name.startswith("."):
         raise ValueError(f"a published file may not be called {name!r}")
-    return PublishedFile(name=name, digest=_text(entry["digest"]), byte_count=_count(entry["byte_count"]))
+    return PublishedFile(name=name, digest=_digest(entry["digest"]), byte_count=_count(entry["byte_count"]))

@@ -176,7 +176,7 @@ def load_base(
     model.requires_grad_(False)
     files = {name: (folder / name).read_bytes() for name in PUBLISHED_FILES if (folder / name).is_file()}
     files["config.json"] = _model_files(model)["config.json"]
-    return host_model(model, name=Path(path).name or path, files=files, publish=publish)
+    return host_model(model, name=folder.name if Path(path).is_dir() else path, files=files, publish=publish)
 
 
 def _folder(path: str, revision: str | None) -> Path:

@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 OUT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format protos base clean
+.PHONY: help setup demo results test check format protos base clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -23,6 +23,13 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup ## Run the main job: tenants fine-tune privately against one hosted base
 	$(BIN)/symbiosis simulate $(if $(OUT),--out $(OUT))
+
+results: setup ## Run the main job again and renew the README's figures
+	rm -rf runs/results
+	$(BIN)/symbiosis simulate --out runs/results
+	cp runs/results/result.json docs/results/simulate.json
+	cp runs/results/losses.png docs/results/losses.png
+	$(BIN)/python scripts/readme_figures.py
 
 test: setup ## Run all tests
 	$(BIN)/python -m pytest

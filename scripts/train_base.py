@@ -1,6 +1,6 @@
 """Trains the small base model that ships with the package, from the standard library's sources.
 
-    python scripts/train_base.py                              # the shipped base: tens of minutes on two cores
+    python scripts/train_base.py --compile                    # the shipped base: half an hour on two busy cores
     python scripts/train_base.py --steps 2 --max-files 20 --out /tmp/base      # does it run?
 
 Two things are trained: a byte-level BPE tokenizer and a Llama of 2.4 million parameters, on
@@ -34,12 +34,15 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from symbiosis.simulations.corpora import base_training_text
 
-ASSET = Path(__file__).resolve().parents[1] / "symbiosis" / "simulations" / "assets" / "base"
+ROOT = Path(__file__).resolve().parents[1]
+ASSET = ROOT / "symbiosis" / "simulations" / "assets" / "base"
+CHECKPOINT = ROOT / "runs" / "train_base.pt"
 END = "<|endoftext|>"
 VOCABULARY = 4096
 HELD_OUT_EVERY = 20  # files
 MAX_POSITIONS = 512
 WARMUP_STEPS = 100
+CHECKPOINT_STEPS = 1000
 EVALUATION_BATCH = 16
 WEIGHTS_FILE = "model.safetensors"
 
@@ -72,13 +75,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="of torch (default: %(default)s)")
     parser.add_argument("--max-files", type=int, help="use only so many files, to try the script out")
     parser.add_argument("--compile", action="store_true", help="with torch.compile: faster, needs a C++ compiler")
-    parser.add_argument("--checkpoint", type=Path, help="file to keep the run's state in, every 1000 steps")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=CHECKPOINT, help="file that keeps the run's state (default: %(default)s)"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     arguments = parser.parse_args(argv)
     if arguments.steps < 1 or not 1 < arguments.block <= MAX_POSITIONS:
         parser.error(f"--steps must be at least 1 and --block between 2 and {MAX_POSITIONS}")
-    if arguments.resume and arguments.checkpoint is None:
-        parser.error("--resume needs --checkpoint")
+    if arguments.resume and not arguments.checkpoint.exists():
+        parser.error(f"there is no checkpoint {arguments.checkpoint}")
     return arguments
 
 
@@ -216,18 +221,16 @@ def train(model: LlamaForCausalLM, learn: Text, check: Text, arguments: argparse
         if done % 100 == 0 or done == arguments.steps:
             speed = done * arguments.batch * arguments.block / seconds
             print(f"step {done}/{arguments.steps}  loss {loss.item():.3f}  {speed:,.0f} tokens/s", flush=True)
-        if done % 1000 == 0 and done < arguments.steps:
+        if done % CHECKPOINT_STEPS == 0 and done < arguments.steps:
             print(f"  held out: {evaluate(model, check, arguments.block):.4f} nats/token", flush=True)
             save_checkpoint(arguments.checkpoint, model, optimizer, done, seconds)
     return time.perf_counter() - began
 
 
 def save_checkpoint(
-    path: Path | None, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, step: int, seconds: float
+    path: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, step: int, seconds: float
 ) -> None:
     """Writes what `--resume` needs, replacing the checkpoint before it in one move."""
-    if path is None:
-        return
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
     part = path.with_name(path.name + ".part")
@@ -309,6 +312,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "weight_decay": arguments.weight_decay,
         "seed": arguments.seed,
         "threads": arguments.threads,
+        "compiled": arguments.compile,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "seconds": round(seconds, 1),

@@ -6,12 +6,14 @@ when a command fails; everything else goes to standard error.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import click
 import typer
@@ -33,6 +35,7 @@ app.add_typer(host_app, name="host")
 app.add_typer(audit_app, name="audit")
 
 _console = Console(stderr=True)
+_log = logging.getLogger(__name__)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
@@ -41,6 +44,8 @@ def main() -> None:
     """Entry point of the command `symbiosis`."""
     wants_json = "--json" in sys.argv[1:]
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    # A polite end from a service manager is Ctrl-C by another name: what was started is ended, too.
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = app(standalone_mode=False)
     except SymbiosisError as error:
@@ -53,8 +58,22 @@ def main() -> None:
         code = 2
     except (click.Abort, KeyboardInterrupt):
         _console.print("interrupted", style="yellow")
+        if wants_json:
+            _print_json({"error": {"code": "interrupted", "message": "interrupted", "next_action": ""}})
+        code = 1
+    except Exception as error:
+        # A mistake of ours, not of the user's: said in one line, and in full to whoever asks for it.
+        _log.info("unexpected error", exc_info=error)
+        unexpected = SymbiosisError(
+            f"unexpected {type(error).__name__}: {error}", "Run `symbiosis --verbose ...` to see where, and report it"
+        )
+        _fail(unexpected, wants_json=wants_json)
         code = 1
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _interrupt(_: int, __: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def _fail(error: SymbiosisError, *, wants_json: bool) -> None:
@@ -89,7 +108,7 @@ def _root(
 def simulate(  # one option per setting; Typer reads them from the signature
     tenants: Annotated[int, typer.Option(help="How many tenants take part.")] = 4,
     rounds: Annotated[int, typer.Option(help="Rounds of local training.")] = 3,
-    steps: Annotated[int, typer.Option(help="Optimizer steps per round.")] = 40,
+    steps: Annotated[int, typer.Option(help="Optimizer steps per round.")] = 16,
     base: Annotated[str, typer.Option(help="A model directory, a hub id, or `builtin`.")] = "builtin",
     corpora: Annotated[
         str, typer.Option(help="Held-out packages or paths of text, separated by commas; dealt out in turn.")
@@ -163,12 +182,13 @@ def host_sign(
     """Sign a tenant's certificate request."""
     from symbiosis.protocols.authority import Authority  # noqa: PLC0415
     from symbiosis.protocols.identity import summary  # noqa: PLC0415
+    from symbiosis.protocols.keyfiles import PUBLIC_MODE, make_directory, write_file  # noqa: PLC0415
 
     authority = Authority.load(state)
     certificate = authority.sign_tenant(_read(request))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "tenant.pem").write_bytes(certificate)
-    (out / "ca.pem").write_bytes(authority.certificate_pem)
+    make_directory(out)
+    write_file(out / "tenant.pem", certificate, mode=PUBLIC_MODE)
+    write_file(out / "ca.pem", authority.certificate_pem, mode=PUBLIC_MODE)
     made = summary(certificate)
     _console.print(f"Signed {made.tenant}, valid until {made.not_after:%Y-%m-%d %H:%M} UTC: {out / 'tenant.pem'}")
     if json_:
@@ -199,16 +219,18 @@ def host_serve(
 
     if threads > 0:
         torch.set_num_threads(threads)
-    authority = Authority.load(state)
-    names = name or sorted({listen.rpartition(":")[0], "127.0.0.1", "localhost"} - {"0.0.0.0", "::"})  # noqa: S104
+    config = ServiceConfig(address=listen)
+    names = name or sorted({config.host, "127.0.0.1", "localhost"} - {"0.0.0.0", "::"})  # noqa: S104
+    credentials = Authority.load(state).issue_host(names)
     hosted = load_base(resolve_base(base), dtype=dtype, publish=_policy(publish))
-    with Host(hosted) as host, Service(host, authority.issue_host(names), ServiceConfig(address=listen)) as service:
+    with Host(hosted) as host, Service(host, credentials, config) as service, contextlib.suppress(KeyboardInterrupt):
         manifest = hosted.manifest
         _console.print(f"Serving {manifest.base}: {len(manifest.layers)} layers on {service.address} (Ctrl-C ends it)")
         if json_:
             _print_json({"address": service.address, "base": manifest.base, "layers": len(manifest.layers)})
             sys.stdout.flush()
         service.wait()
+    _console.print("stopped")
 
 
 @audit_app.command("verify")

@@ -34,7 +34,9 @@ LLAMA_TARGETS = ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj")
 # --- models
 
 
-def frozen_llama(*, width: int = 32, layers: int = 2, dtype: torch.dtype = torch.float32, **extra: Any) -> PreTrainedModel:
+def frozen_llama(
+    *, width: int = 32, layers: int = 2, dtype: torch.dtype = torch.float32, **extra: Any
+) -> PreTrainedModel:
     """A random Llama with grouped-query attention."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -63,6 +65,7 @@ def frozen_gpt2(*, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         bos_token_id=1,
         eos_token_id=None,
         pad_token_id=PADDING,
+        **{f"{place}_pdrop": 0.0 for place in ("resid", "embd", "attn")},
     )
     return _frozen(GPT2LMHeadModel, config, dtype)
 
@@ -77,6 +80,8 @@ def frozen_bert(*, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         intermediate_size=48,
         max_position_embeddings=64,
         pad_token_id=PADDING,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
     return _frozen(BertForMaskedLM, config, dtype)
 
@@ -92,7 +97,14 @@ def _frozen(model_class: Any, config: Any, dtype: torch.dtype) -> PreTrainedMode
                     torch.nn.init.normal_(parameter, std=0.15)
                 elif "norm" in name.lower() or name.endswith("bias"):
                     parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.to(dtype).requires_grad_(False).eval()
+    return in_dtype(model, dtype).requires_grad_(False).eval()
+
+
+def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Cast the parameters as `from_pretrained(dtype=...)` does, which leaves the rotary frequencies alone."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def with_lora(model: PreTrainedModel, targets: Iterable[str], *, seed: int = 7, **extra: Any) -> PeftModel:
@@ -103,10 +115,19 @@ def with_lora(model: PreTrainedModel, targets: Iterable[str], *, seed: int = 7, 
         return get_peft_model(model, config)
 
 
+def same_adapter(source: torch.nn.Module, target: torch.nn.Module) -> None:
+    """Give `target` the trainable numbers of `source`."""
+    own = dict(target.named_parameters())
+    with torch.no_grad():
+        for name, parameter in source.named_parameters():
+            if parameter.requires_grad:
+                own[name].copy_(parameter)
+
+
 def local_copy(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The ordinary model, for the side that a split one is compared with."""
     twin = copy.deepcopy(model)
-    return twin if dtype is None else twin.to(dtype)
+    return twin if dtype is None else in_dtype(twin, dtype)
 
 
 def sentences(*, batch: int = 3, length: int = 9, left_padding: bool = False, seed: int = 3) -> dict[str, torch.Tensor]:
@@ -140,6 +161,12 @@ def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
     truth = truth.detach().double()
     scale = truth.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
     return float((found.detach().double() - truth).abs().max() / scale)
+
+
+def noise(found: torch.Tensor, truth: torch.Tensor) -> float:
+    """Root of the mean squared deviation over that of the truth: what rounding is measured by."""
+    truth = truth.detach().double()
+    return float((found.detach().double() - truth).norm() / truth.norm())
 
 
 def worst_error(found: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> float:

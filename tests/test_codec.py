@@ -129,7 +129,9 @@ calls = st.builds(
     st.integers(0, 2**32),
 )
 requests = st.one_of(
-    st.builds(Hello, protocol=st.integers(0, 2**32 - 1), release=short_text, session=st.binary(min_size=16, max_size=16)),
+    st.builds(
+        Hello, protocol=st.integers(0, 2**32 - 1), release=short_text, session=st.binary(min_size=16, max_size=16)
+    ),
     st.builds(Fetch, number=counts, kind=st.sampled_from(BlobKind), name=short_text),
     calls,
 )
@@ -453,7 +455,12 @@ def test_the_generated_code_is_what_the_compiler_makes(tmp_path: Path) -> None:
 # --- the manifest
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from([2**63, -1, "", "../x"]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from([2**63, -1, "", "../x"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )

@@ -117,7 +117,9 @@ def test_nothing_dangerous_is_called() -> None:
     assert found == []
 
 
-@pytest.mark.parametrize("module", ["symbiosis.clients", "symbiosis.simulations", "symbiosis.server", "symbiosis.protocols"])
+@pytest.mark.parametrize(
+    "module", ["symbiosis.clients", "symbiosis.simulations", "symbiosis.server", "symbiosis.protocols"]
+)
 def test_importing_loads_little_and_starts_nothing(module: str) -> None:
     probe = (
         f"import json, sys, threading, {module}\n"

@@ -20,7 +20,7 @@ from flwr.clientapp import ClientApp
 
 from symbiosis.clients.base import Base
 from symbiosis.clients.connection import connect
-from symbiosis.clients.egress_mod import egress_mod
+from symbiosis.clients.egress_mod import GatedClientApp
 from symbiosis.clients.training import (
     RoundResult,
     TenantData,
@@ -32,6 +32,7 @@ from symbiosis.clients.training import (
 )
 from symbiosis.errors import ConfigurationError
 from symbiosis.protocols.identity_directory import create_request, install_certificate
+from symbiosis.protocols.keyfiles import make_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,14 +96,15 @@ def make_client_app(
 
     def ledger_of(context: Context) -> tuple[Path, str]:
         who = tenant(context)
-        who.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_directory(who.home)
         return who.home / LEDGER_NAME, who.name
 
-    app = ClientApp(mods=[egress_mod(ledger_of)])
+    app = GatedClientApp(ledger_of)
 
     @app.query("enrol")  # type: ignore[untyped-decorator]
     def enrol(message: Message, context: Context) -> Message:
         who = tenant(context)
+        make_directory(who.home)  # before anything is in it: mode 0700
         request = create_request(who.home / "identity", who.name)
         return Message(RecordDict({"enrolment": ConfigRecord({"csr": request})}), reply_to=message)
 

@@ -20,7 +20,7 @@ from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from symbiosis.clients.siblings import Multiplier
 from symbiosis.errors import PolicyError, RemoteWeightError
@@ -93,9 +93,10 @@ class RemoteWeight(torch.Tensor):
         stored_transposed = transposed != self._transposed
         is_forward = stored_transposed == (self._layer.orientation is Orientation.OUT_IN)
         direction = Direction.FORWARD if is_forward else Direction.BACKWARD
-        if torch.is_autocast_enabled(rows.device.type):
-            rows = rows.to(torch.get_autocast_dtype(rows.device.type))
-        return self._source.multiplier.multiply(rows, self._layer.name, direction)
+        dtype = rows.dtype
+        if torch.is_autocast_enabled(rows.device.type) and dtype is not torch.float64:  # which autocast leaves alone
+            dtype = torch.get_autocast_dtype(rows.device.type)
+        return self._source.multiplier.multiply(rows, self._layer.name, direction, dtype=dtype)
 
     @classmethod
     def __torch_function__(
@@ -154,6 +155,9 @@ class RemoteWeight(torch.Tensor):
         """
         raise RemoteWeightError(f"{self._layer.name} lives at the host and has no memory to share", _AT_HOST)
 
+    def __copy__(self) -> RemoteWeight:
+        return self._like()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> RemoteWeight:
         copy = self._like()
         memo[id(self)] = copy
@@ -189,7 +193,8 @@ class RemoteWeight(torch.Tensor):
                 f"{func} needs the numbers of {self._layer.name}, which lives at the host", error.next_action + _MERGE
             ) from error
         _log.info("%s needs the numbers of %s: downloaded", func, self._layer.name)
-        stored = stored.to(dtype=self.dtype, device=self.device)
+        # A copy: what an operation does to a view of it must not change what the next one is given.
+        stored = stored.to(dtype=self.dtype, device=self.device, copy=True)
         return stored.T if self._transposed else stored
 
 
@@ -212,7 +217,9 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 def _matmul(left: torch.Tensor, right: torch.Tensor) -> Any:
     if isinstance(right, RemoteWeight) and not is_remote(left):
         return right.multiply_rows(left, transposed=False)
-    if isinstance(left, RemoteWeight) and not is_remote(right) and right.dim() >= 2:
+    if isinstance(left, RemoteWeight) and not is_remote(right):
+        if right.dim() == 1:
+            return left.multiply_rows(right, transposed=True)
         return left.multiply_rows(right.mT, transposed=True).mT
     return NotImplemented
 
@@ -233,6 +240,8 @@ def _addmm(
     if result is NotImplemented:
         return result
     scaled = result if alpha == 1 else result * alpha
+    if beta == 0:  # the input is not read, whatever it holds
+        return scaled
     return scaled + (input if beta == 1 else input * beta).to(result.dtype)
 
 
@@ -248,6 +257,20 @@ def _set_data(weight: torch.Tensor, value: torch.Tensor) -> Any:
     return NotImplemented
 
 
+def _set_item(weight: torch.Tensor, *_: Any) -> Any:
+    if isinstance(weight, RemoteWeight):
+        raise _written(weight)
+    return NotImplemented
+
+
+def _to_numpy(weight: torch.Tensor, **options: Any) -> Any:
+    return weight._download("numpy()").numpy(**options) if isinstance(weight, RemoteWeight) else NotImplemented
+
+
+def _to_list(weight: torch.Tensor) -> Any:
+    return weight._download("tolist()").tolist() if isinstance(weight, RemoteWeight) else NotImplemented
+
+
 def _trainable(weight: RemoteWeight) -> RemoteWeightError:
     return RemoteWeightError(
         f"{weight._layer.name} is frozen at the host and cannot be trained",
@@ -260,13 +283,11 @@ def _written(weight: RemoteWeight) -> RemoteWeightError:
 
 
 def _refuse_writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for argument, value in zip(func._schema.arguments, args, strict=False):
-        if argument.is_write and isinstance(value, RemoteWeight):
-            raise _written(value)
+    named = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
     for argument in func._schema.arguments:
-        value = kwargs.get(argument.name)
-        if argument.is_write and isinstance(value, RemoteWeight):
-            raise _written(value)
+        for value in tree_leaves(named.get(argument.name)):
+            if argument.is_write and isinstance(value, RemoteWeight):
+                raise _written(value)
 
 
 def _to_copy(
@@ -283,6 +304,10 @@ def _transpose(weight: RemoteWeight, first: int = 0, second: int = 1) -> RemoteW
     return weight._like(flip=first % 2 != second % 2)
 
 
+def _permute(weight: RemoteWeight, dims: Sequence[int]) -> RemoteWeight:
+    return weight._like(flip=dims[0] % 2 == 1)  # `W.T`
+
+
 def _stand_in(weight: RemoteWeight) -> torch.Tensor:
     """A tensor of the same shape, dtype and device that takes no memory, for functions that read nothing else."""
     return torch.empty((), dtype=weight.dtype, device=weight.device).expand(weight.shape)
@@ -296,10 +321,15 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.mm: _matmul,
     torch.Tensor.__matmul__: _matmul,
     torch.Tensor.__rmatmul__: _rmatmul,
+    torch.mv: _matmul,
+    torch.Tensor.mv: _matmul,
     torch.addmm: _addmm,
     torch.Tensor.addmm: _addmm,
     torch.Tensor.requires_grad.__set__: _set_requires_grad,  # type: ignore[attr-defined]
     torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
+    torch.Tensor.__setitem__: _set_item,
+    torch.Tensor.numpy: _to_numpy,
+    torch.Tensor.tolist: _to_list,
 }
 _MOVES: dict[Any, Callable[..., RemoteWeight]] = {
     _aten.detach.default: _same,
@@ -309,6 +339,7 @@ _MOVES: dict[Any, Callable[..., RemoteWeight]] = {
     _aten._to_copy.default: _to_copy,
     _aten.t.default: _transpose,
     _aten.transpose.int: _transpose,
+    _aten.permute.default: _permute,
 }
 _FACTORIES = {
     _aten.empty_like.default,

@@ -7,7 +7,7 @@ very tensor, unchanged, that was sent, so a graph that changes falls back to sin
 Rules, numbered where they are enforced:
 
 1. a group is a run of forward products of one tensor without another product in between;
-2. a kept answer belongs to one held tensor, its version and the gradient mode; anything else is a new call;
+2. a kept answer belongs to one held tensor, its version and whether autograd records; anything else is a new call;
 3. a group some of whose answers were not asked for is forgotten, and after `MAX_MISSES` times not formed again;
 4. tensors without a version (inference mode) have single calls.
 """
@@ -36,15 +36,17 @@ class _Occasion:
 
     rows: torch.Tensor
     version: int
-    grad_mode: bool
+    dtype: torch.dtype
+    recorded: tuple[bool, ...]
     met: list[int] = field(default_factory=list)
     """Layers in the order in which they were met."""
     kept: dict[int, torch.Tensor] = field(default_factory=dict)
     """Answers that came with an earlier sibling's."""
 
-    def same(self, rows: torch.Tensor, version: int) -> bool:
+    def same(self, rows: torch.Tensor, version: int, dtype: torch.dtype) -> bool:
         """Whether `rows` is the very tensor of this occasion, unchanged (rule 2)."""
-        return self.rows is rows and self.version == version and self.grad_mode == torch.is_grad_enabled()
+        unchanged = self.rows is rows and self.version == version
+        return unchanged and self.dtype is dtype and self.recorded == _recorded(rows)
 
 
 class Multiplier:
@@ -64,16 +66,17 @@ class Multiplier:
         self._occasion: _Occasion | None = None
         self._lock = threading.RLock()
 
-    def multiply(self, rows: torch.Tensor, name: str, direction: Direction) -> torch.Tensor:
+    def multiply(self, rows: torch.Tensor, name: str, direction: Direction, *, dtype: torch.dtype) -> torch.Tensor:
         """The product of `rows` with the weight called `name`, differentiable with respect to `rows`.
 
         Args:
             rows: shape `(..., I)`.
             name: full name of a hosted weight.
             direction: forward for `rows Wᵀ` of a linear layer, backward for `rows W`.
+            dtype: what the rows are cast to; here, so that siblings under autocast still meet one tensor.
 
         Returns:
-            Shape `(..., O)`, dtype and device of `rows`.
+            Shape `(..., O)`, of `dtype`, on the device of `rows`.
 
         Raises:
             SymbiosisError: as the session says.
@@ -81,28 +84,29 @@ class Multiplier:
         layer = self.manifest.position(name)
         version = _version(rows)
         if direction is Direction.BACKWARD or version is None:  # rules 1 and 4
-            return self._products(rows, (layer,), direction)[0]
+            return self._products(rows.to(dtype), (layer,), direction)[0]
         with self._lock:
             occasion = self._occasion
-            if occasion is not None and occasion.same(rows, version) and layer not in occasion.met:
+            if occasion is not None and occasion.same(rows, version, dtype) and layer not in occasion.met:
                 occasion.met.append(layer)
                 answer = occasion.kept.pop(layer, None)
-                return answer if answer is not None else self._products(rows, (layer,), direction)[0]
+                return answer if answer is not None else self._products(rows.to(dtype), (layer,), direction)[0]
             self._finish()
-            return self._begin(rows, version, layer)
+            return self._begin(rows, version, dtype, layer)
 
     def forget(self) -> None:
         """Let go of the last tensor and of the answers kept for it."""
         with self._lock:
             self._finish()
 
-    def _begin(self, rows: torch.Tensor, version: int, layer: int) -> torch.Tensor:
+    def _begin(self, rows: torch.Tensor, version: int, dtype: torch.dtype, layer: int) -> torch.Tensor:
         group = self._groups.get(layer, (layer,))
-        answers = self._products(rows, group, Direction.FORWARD)
+        answers = self._products(rows.to(dtype), group, Direction.FORWARD)
         self._occasion = _Occasion(
             rows=rows,
             version=version,
-            grad_mode=torch.is_grad_enabled(),
+            dtype=dtype,
+            recorded=_recorded(rows),
             met=[layer],
             kept=dict(zip(group[1:], answers[1:], strict=True)),
         )
@@ -124,6 +128,11 @@ class Multiplier:
         layers = [self.manifest.layers[position] for position in group]
         widths = [layer.out_width if direction is Direction.FORWARD else layer.in_width for layer in layers]
         return product(rows, self.session, group, direction, widths)
+
+
+def _recorded(rows: torch.Tensor) -> tuple[bool, ...]:
+    """All that decides what autograd makes of a product with `rows`."""
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), rows.requires_grad
 
 
 def _version(rows: torch.Tensor) -> int | None:

@@ -34,13 +34,13 @@ class TrainingConfig:
 
     rounds: int = 3
     """Rounds of a run."""
-    steps_per_round: int = 40
+    steps_per_round: int = 16
     """Optimizer steps of one round."""
     batch_blocks: int = 8
     """Blocks per step."""
     block_tokens: int = 128
     """Tokens per block."""
-    held_out_blocks: int = 64
+    held_out_blocks: int = 32
     """Blocks on which the loss is measured, at most."""
     learning_rate: float = 3e-3
     """Of AdamW; it falls linearly to zero over all rounds."""

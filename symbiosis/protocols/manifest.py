@@ -258,7 +258,7 @@ def _refuse_twins(names: list[str]) -> None:
 def _layer(entry: Mapping[str, Any]) -> Layer:
     rows, columns = (_count(side) for side in entry["shape"])
     dtype = _dtype(entry["dtype"])
-    if not 0 < _count(byte_count((rows, columns), STORED_DTYPES[dtype])):
+    if _count(byte_count((rows, columns), STORED_DTYPES[dtype])) == 0:
         raise ValueError("a layer has no elements")
     return Layer(
         name=_text(entry["name"]),

@@ -22,7 +22,7 @@ from symbiosis.protocols.manifest import (
     PublishedTensor,
     require_published,
 )
-from symbiosis.protocols.messages import dtype_name
+from symbiosis.protocols.messages import WIRE_DTYPES, dtype_name
 from symbiosis.protocols.tensors import byte_count, tensor_digest
 from symbiosis.server.linear import Weight
 from symbiosis.server.selection import hosted_parameters
@@ -157,10 +157,13 @@ def load_base(
 
     Raises:
         UnknownBaseError: there is no such base, or it has no safetensors.
-        ConfigurationError: it has no layer to host.
+        ConfigurationError: it has no layer to host, or there is no such dtype.
     """
     import transformers  # noqa: PLC0415 - slow, and only a host that loads needs it
 
+    if dtype not in ("auto", *map(dtype_name, WIRE_DTYPES)):
+        names = ", ".join(map(dtype_name, WIRE_DTYPES))
+        raise ConfigurationError(f"a base cannot be hosted as {dtype!r}", f"Choose auto or one of {names}")
     folder = _folder(path, revision)
     try:
         config = transformers.AutoConfig.from_pretrained(folder)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from typing import Any
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from symbiosis.errors import ConfigurationError, EnrolmentError, IdentityError, SimulationError
+from symbiosis.errors import ConfigurationError, EnrolmentError, IdentityError, SimulationError, SymbiosisError
 from symbiosis.protocols.authority import Authority
 from symbiosis.protocols.signing_request import read_request
 from symbiosis.server.base import HostedBase
@@ -29,6 +30,9 @@ from symbiosis.server.service import Service, ServiceConfig
 _log = logging.getLogger(__name__)
 
 Settings = Mapping[str, Any]
+
+MEASURES = ("tokens", "seconds", "frames", "bytes-sent", "bytes-received", "loss-train", "loss-held-out")
+"""Numbers that a tenant reports of a round; whatever else it sends is left aside."""
 
 POLL_S = 0.5
 """How often replies are looked for while tenants work (seconds)."""
@@ -71,15 +75,24 @@ def make_server_app(*, base: Callable[[Settings], HostedBase]) -> ServerApp:
     def main(grid: Grid, context: Context) -> None:
         settings = dict(context.run_config)
         events = EventLog(Path(str(settings["workdir"])) / "events.jsonl" if settings.get("workdir") else None)
-        with contextlib.closing(events), _place(settings, base) as place:
-            run = _Run(grid=grid, settings=settings, place=place, events=events)
-            events.write("serving", address=place.address)
-            _enrol(run)
-            for number in range(1, int(settings.get("rounds", 1)) + 1):
-                _round(run, number)
-            events.write("done", tenants=sorted(run.names[node] for node in run.certificates))
+        with contextlib.closing(events):
+            try:
+                with _place(settings, base) as place:
+                    _lead(_Run(grid=grid, settings=settings, place=place, events=events))
+            except SymbiosisError as error:
+                events.write("aborted", reason=error.code, message=str(error))
+                raise
 
     return app
+
+
+def _lead(run: _Run) -> None:
+    """A whole run: enrolment, then its rounds."""
+    run.events.write("serving", address=run.place.address)
+    _enrol(run)
+    for number in range(1, int(run.settings.get("rounds", 1)) + 1):
+        _round(run, number)
+    run.events.write("done", tenants=sorted(run.names[node] for node in run.certificates))
 
 
 @contextlib.contextmanager
@@ -101,26 +114,34 @@ def _enrol(run: _Run) -> None:
     nodes = _wait_for_nodes(run.grid, wanted, timeout_s=float(run.settings.get("enrol-timeout-s", 120)))
     request = RecordDict({"enrolment": ConfigRecord({"address": run.place.address})})
     messages = [Message(request, node, "query.enrol") for node in nodes]
+    silent = set(nodes)
     for reply in _replies(run, messages, timeout_s=float(run.settings.get("enrol-timeout-s", 120))):
         node = reply.metadata.src_node_id
-        name = f"node {node}"
+        silent.discard(node)
         try:
-            csr = _require(reply, "enrolment")["csr"]
+            csr = _require(reply, "enrolment").get("csr")
             if not isinstance(csr, bytes):
-                raise EnrolmentError(f"{name} sent no signing request")
+                raise EnrolmentError("the tenant sent no signing request", "Run both sides with the same release")
             name = read_request(csr).name
             if name in run.names.values():
                 raise EnrolmentError(f"two nodes ask for the name {name!r}", "Give every tenant a name of its own")
             certificate = run.place.authority.sign_tenant(csr, expected_name=name)
         except (IdentityError, SimulationError) as error:
-            _log.warning("could not enrol %s: %s", name, error)
-            run.events.write("failed", tenant=name, round=0, reason=error.code, message=str(error))
+            _not_enrolled(run, node, error)
             continue
         run.names[node], run.certificates[node] = name, certificate
         run.events.write("enrolled", tenant=name)
         _log.info("enrolled %s", name)
+    for node in silent:
+        _not_enrolled(run, node, SimulationError("no reply in time", "Raise `enrol-timeout-s`"))
     if not run.certificates:
         raise SimulationError("no tenant could be enrolled", "The log names each tenant's reason")
+
+
+def _not_enrolled(run: _Run, node: int, error: SymbiosisError) -> None:
+    # By its number: a name that was not granted may be another tenant's.
+    _log.warning("could not enrol node %d: %s", node, error)
+    run.events.write("failed", tenant=f"node {node}", round=0, reason=error.message)
 
 
 def _round(run: _Run, number: int) -> None:
@@ -131,11 +152,11 @@ def _round(run: _Run, number: int) -> None:
     for reply in _replies(run, messages, timeout_s=float(run.settings.get("round-timeout-s", 3600))):
         name = run.names[reply.metadata.src_node_id]
         try:
-            metrics[name] = {key: _number(value) for key, value in _require(reply, "metrics").items()}
+            metrics[name] = _measures(_require(reply, "metrics"))
         except SimulationError as error:
             _fail(run, reply.metadata.src_node_id, number, error.message)
             continue
-        run.events.write("tenant-round", tenant=name, **metrics[name])
+        run.events.write("tenant-round", tenant=name, round=number, **metrics[name])
     silent = [node for node in run.certificates if run.names[node] not in metrics]
     for node in silent:
         _fail(run, node, number, "no reply in time")
@@ -190,10 +211,17 @@ def _require(reply: Message, record: str) -> ConfigRecord | MetricRecord:
     return found
 
 
-def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise SimulationError("a tenant's metric is not a number", "Run both sides with the same release")
-    return value
+def _measures(record: ConfigRecord | MetricRecord) -> dict[str, float]:
+    """`MEASURES` out of what a tenant sent, which may be anything."""
+    found: dict[str, float] = {}
+    for key in MEASURES:
+        value = record.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+            raise SimulationError(f"the tenant's {key!r} is no number", "Run both sides with the same release")
+        found[key] = value
+    if found["tokens"] < 1:
+        raise SimulationError("the tenant trained on no token", "Its own log says more")
+    return found
 
 
 def _fail(run: _Run, node: int, number: int, reason: str) -> None:

@@ -44,8 +44,18 @@ class ServiceConfig:
     """Sessions open at once; one more is refused with a typed status. A waiting stream costs a thread, no work."""
 
     def __post_init__(self) -> None:
+        _, _, port = self.address.rpartition(":")
+        # gRPC would take port 99999 and listen on 34463.
+        if not self.host or not port.isdecimal() or int(port) > 65535:
+            message = f"{self.address!r} is not an address to listen on"
+            raise ConfigurationError(message, "Write it as host:port, for example 127.0.0.1:8443")
         if self.max_streams < 1:
             raise ConfigurationError("a host needs at least one stream", "Raise max_streams")
+
+    @property
+    def host(self) -> str:
+        """The name or address in `address`, without the brackets of an IPv6 one."""
+        return self.address.rpartition(":")[0].strip("[]")
 
 
 class Service:

@@ -85,6 +85,9 @@ class Display:
             highlight=False,
         )
 
+    def _on_done(self, event: Event) -> None:
+        self._note(self._host, f"{self._rows[0]:,} rows served to {len(event['tenants'])} tenants")
+
     def _on_failed(self, event: Event) -> None:
         self._console.print(Text(f"{event['tenant']} failed: {event['reason']}", style="red"))
         if str(event["tenant"]) in self._tenants:

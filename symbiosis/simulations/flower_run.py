@@ -6,7 +6,10 @@ What Flower 1.41 makes necessary, each tried (docs/flower.md):
 - a SuperLink keeps the code of the directory it was started in: it is started in an empty one;
 - it may install an app's dependencies: switched off;
 - `flwr run` on `:local:` leaves a SuperLink behind: ours is started by hand and ended by its process id;
-- Ray's daemons leave the process group: whatever carries our mark in its environment is ended at last.
+- Ray's daemons leave the process group, and one of them overwrites its environment with its title: whatever descends
+  from the SuperLink or carries our mark in its environment is ended at last;
+- Ray leaves its session, open to every user of the machine, in the system's temporary directory: it gets a directory
+  of its own there, for us alone, which is removed.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 import urllib.error
@@ -37,6 +41,8 @@ MARK = "SYMBIOSIS_RUN"
 _CONNECTION = "symbiosis"
 _FINISHED = "finished:"
 _START_TIMEOUT_S = 60.0
+# The paths of Ray's sockets may have 107 bytes, and macOS's own temporary directory takes half of that.
+_SHORT = "/tmp" if sys.platform == "darwin" else None  # noqa: S108 - what is made there is for us alone
 
 
 def app_settings() -> dict[str, Any]:
@@ -90,12 +96,21 @@ def flower_run(workdir: Path, *, supernodes: int, settings: Mapping[str, Any]) -
     Raises:
         SimulationError: Flower does not start or does not take the run.
     """
+    with (
+        tempfile.TemporaryDirectory(prefix="symbiosis-", dir=_SHORT, ignore_cleanup_errors=True) as ray_home,
+        _submitted(workdir, Path(ray_home), supernodes=supernodes, settings=settings) as run,
+    ):
+        yield run
+
+
+@contextlib.contextmanager
+def _submitted(workdir: Path, ray_home: Path, *, supernodes: int, settings: Mapping[str, Any]) -> Iterator[FlowerRun]:
     mark = secrets.token_hex(16)
     home, neutral = workdir / "flower", workdir / "empty"
     home.mkdir()
     neutral.mkdir()
     port = _free_port()
-    environment = _environment(home, mark)
+    environment = _environment(home, ray_home, mark)
     (home / "config.toml").write_text(
         f'[superlink]\ndefault = "{_CONNECTION}"\n\n'
         f'[superlink.{_CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n',
@@ -138,7 +153,7 @@ def is_completed(status: str) -> bool:
     return status == _FINISHED + "completed"
 
 
-def _environment(home: Path, mark: str) -> dict[str, str]:
+def _environment(home: Path, ray_home: Path, mark: str) -> dict[str, str]:
     return {
         **os.environ,
         MARK: mark,
@@ -148,8 +163,10 @@ def _environment(home: Path, mark: str) -> dict[str, str]:
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "RAY_DEDUP_LOGS": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
-        # Makes Ray address its own daemons as 127.0.0.1. Its head service still opens ports on every interface while
-        # the run lasts (Ray 2.55 offers no setting for that); docs/flower.md says what follows.
+        "RAY_TMPDIR": str(ray_home),
+        # Keeps Ray on loopback: without clusters, the default of Windows and macOS, a node's address is 127.0.0.1, and
+        # Ray's servers then listen there only. Otherwise its head service, raylet and every worker listen on all
+        # interfaces, without a password (Ray 2.55; a test watches the ports of a run).
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         # Tenants, host and Ray's own threads share the cores.
         "OMP_NUM_THREADS": "1",
@@ -224,12 +241,15 @@ def _toml(value: Any) -> str:
 
 
 def _end(superlink: subprocess.Popen[bytes], mark: str) -> None:
-    """End the SuperLink, then whatever else carries the run's mark."""
+    """End the SuperLink, then whatever else is its descendant or carries the run's mark."""
+    family: list[psutil.Process] = []
     if superlink.poll() is None:
+        with contextlib.suppress(psutil.Error):
+            family = psutil.Process(superlink.pid).children(recursive=True)
         superlink.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             superlink.wait(timeout=5)
-    left = _marked(mark)
+    left = list({*family, *_marked(mark)})
     for process in left:
         with contextlib.suppress(psutil.Error):
             process.terminate()

@@ -37,6 +37,8 @@ class TenantResult:
     sample_after: str = ""
     losses: tuple[tuple[int, float], ...] = ()
     """Training loss by step."""
+    losses_held_out: tuple[tuple[int, float], ...] = ()
+    """Held-out loss by step: before training and after each round."""
     failure: str | None = None
     """Why the tenant did not finish; `None` if it did."""
 
@@ -79,19 +81,23 @@ class SimulationResult:
         """The object that `symbiosis simulate --json` prints."""
         fields = asdict(self)
         for tenant in fields["tenants"]:
-            tenant["losses"] = [list(pair) for pair in tenant["losses"]]
+            tenant |= {key: [list(pair) for pair in tenant[key]] for key in ("losses", "losses_held_out")}
         return fields | {"sound": self.sound}
 
 
-def read_tenant(home: Path, *, name: str, corpus: str, failure: str | None) -> TenantResult:
-    """What a tenant left in its home."""
+def read_tenant(home: Path, *, name: str, corpus: str, failure: str | None, wanted_rounds: int) -> TenantResult:
+    """What a tenant left in its home. One that finished fewer rounds than wanted has failed, reported or not."""
     story = _json(home / RESULT_NAME)
     rounds = story.get("rounds", [])
     error = home / ERROR_NAME
+    if failure is None and len(rounds) < wanted_rounds:
+        failure = f"{len(rounds)} of {wanted_rounds} rounds were finished"
     if failure is not None and error.is_file():
         failure = error.read_text(encoding="utf-8")
     tokens, seconds = sum(entry["tokens"] for entry in rounds), sum(entry["seconds"] for entry in rounds)
     history = _json(home / "history.json")
+    held_out = [(0, story["loss_before"])] if "loss_before" in story else []
+    held_out += [(int(entry["steps"]), float(entry["loss_held_out"])) for entry in rounds]
     return TenantResult(
         name=name,
         corpus=corpus,
@@ -108,13 +114,17 @@ def read_tenant(home: Path, *, name: str, corpus: str, failure: str | None) -> T
         sample_before=story.get("sample_before", ""),
         sample_after=story.get("sample_after", ""),
         losses=tuple((int(step), float(loss)) for step, loss in history.items()),
+        losses_held_out=tuple(held_out),
         failure=failure,
     )
 
 
 def write_result(result: SimulationResult, directory: Path) -> None:
-    """Write `result.json` and `losses.png`."""
-    (directory / "result.json").write_text(json.dumps(result.to_json(), indent=2), encoding="utf-8")
+    """Write `result.json`, with paths relative to `directory` so that it can be passed on, and `losses.png`."""
+    fields = result.to_json() | {"directory": "."}
+    for tenant in fields["tenants"]:
+        tenant |= {key: _relative(tenant[key], directory) for key in ("adapter", "ledger")}
+    (directory / "result.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     _plot(result, directory / "losses.png")
 
 
@@ -147,11 +157,15 @@ def _plot_tenant(axis: Any, tenant: TenantResult) -> None:
         return
     steps, losses = zip(*tenant.losses, strict=True)
     axis.plot(steps, losses, linewidth=0.9, color="tab:blue", alpha=0.7, label="training")
-    if tenant.loss_before is not None and tenant.loss_after is not None:
-        axis.plot([0, steps[-1]], [tenant.loss_before, tenant.loss_after], "o", color="tab:red", label="held out")
+    if tenant.losses_held_out:
+        axis.plot(*zip(*tenant.losses_held_out, strict=True), "o-", color="tab:red", label="held out")
     if tenant.loss_after_local is not None:
         axis.plot([steps[-1]], [tenant.loss_after_local], "x", color="black", markersize=8, label="held out, local run")
     axis.legend(fontsize=7)
+
+
+def _relative(path: str, directory: Path) -> str:
+    return str(Path(path).relative_to(directory)) if path else ""
 
 
 def _json(path: Path) -> dict[str, Any]:

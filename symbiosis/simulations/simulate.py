@@ -17,6 +17,7 @@ from typing import Any
 from symbiosis.clients.training import TrainingConfig
 from symbiosis.errors import ConfigurationError, SimulationError, UnknownBaseError
 from symbiosis.simulations.builtin import BUILTIN, resolve_base
+from symbiosis.simulations.corpora import HELD_OUT_PACKAGES
 from symbiosis.simulations.data import corpus_of
 from symbiosis.simulations.flower_run import FlowerRun, flower_run, is_completed, is_finished
 from symbiosis.simulations.results import SimulationResult, TenantResult, read_tenant, write_result
@@ -27,7 +28,8 @@ Event = Mapping[str, Any]
 """One line of the server's `events.jsonl`, or one of this module's own (`control-started`, `control`)."""
 
 _TICK_S = 0.3
-_STATUS_EVERY_S = 10.0
+_STATUS_EVERY_S = 30.0
+"""How often Flower is asked whether the run is over while the server's own events do not say so (seconds)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,17 +97,22 @@ def _prepare(config: SimulationConfig) -> Path:
     looks_local = base.startswith((".", "~", "/")) or base.count("/") > 1
     if looks_local and not Path(base).expanduser().is_dir():
         raise UnknownBaseError(f"there is no directory {config.base!r}", "Give a directory of a model, or `builtin`")
-    workdir = config.workdir.resolve()
-    if workdir.exists() and any(workdir.iterdir()):
+    workdir = config.workdir.expanduser().resolve()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        empty = not any(workdir.iterdir())
+    except OSError as error:
+        message = f"{config.workdir} cannot be written to ({error.strerror})"
+        raise ConfigurationError(message, "Give another directory with --out") from error
+    if not empty:
         raise ConfigurationError(f"{config.workdir} is not empty", "Give another directory with --out")
-    workdir.mkdir(parents=True, exist_ok=True)
     return workdir
 
 
 def _settings(config: SimulationConfig, workdir: Path) -> dict[str, Any]:
     training = {name.replace("_", "-"): value for name, value in asdict(config.training).items()}
     base = config.base
-    if Path(base).expanduser().is_dir():
+    if base != BUILTIN and Path(base).expanduser().is_dir():
         base = str(Path(base).expanduser().resolve())
     corpora = ",".join(_absolute(name) for name in config.corpora.split(",") if name.strip())
     return {**training, "tenants": config.tenants, "base": base, "corpora": corpora, "workdir": str(workdir)}
@@ -113,21 +120,23 @@ def _settings(config: SimulationConfig, workdir: Path) -> dict[str, Any]:
 
 def _absolute(corpus: str) -> str:
     """A corpus that is a path means the same from Flower's working directory."""
-    path = Path(corpus.strip())
-    return str(path.resolve()) if os.sep in corpus and path.exists() else corpus.strip()
+    name = corpus.strip()
+    return name if name in HELD_OUT_PACKAGES or not os.path.exists(name) else str(Path(name).resolve())
 
 
 def _watch(run: FlowerRun, workdir: Path, report: Callable[[Event], None]) -> dict[str, str]:
     """Pass events on until the run is over; reasons of tenants that failed, by name."""
     failures: dict[str, str] = {}
     events = _events(workdir / "events.jsonl")
-    status, asked_s, over = "", 0.0, False
+    status, asked_s, over, why = "", time.monotonic(), False, ""
     while True:
         for event in events:
             if event is None:
                 break
             report(event)
-            over = over or event["event"] == "done"
+            over = over or event["event"] in {"done", "aborted"}
+            if event["event"] == "aborted":
+                why = str(event["message"])
             if event["event"] == "failed":
                 failures[str(event["tenant"])] = str(event["reason"])
         if time.monotonic() - asked_s > (1.0 if over else _STATUS_EVERY_S):
@@ -136,8 +145,11 @@ def _watch(run: FlowerRun, workdir: Path, report: Callable[[Event], None]) -> di
                 break
         time.sleep(_TICK_S)
     if not is_completed(status):
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items()) or "no tenant's fault"
-        raise SimulationError(f"the Flower run ended as {status} ({reasons})", f"Read {workdir / 'run.log'}")
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
+        raise SimulationError(
+            f"the Flower run ended as {status}: {why or reasons or 'no reason was given'}",
+            f"Read {workdir / 'run.log'}",
+        )
     return failures
 
 
@@ -159,7 +171,13 @@ def _events(path: Path) -> Iterator[Event | None]:
 def _read(workdir: Path, config: SimulationConfig, partition: int, failures: Mapping[str, str]) -> TenantResult:
     name = f"tenant-{partition + 1}"
     corpus = corpus_of(config.corpora, partition)
-    return read_tenant(workdir / "tenants" / name, name=name, corpus=corpus, failure=failures.get(name))
+    return read_tenant(
+        workdir / "tenants" / name,
+        name=name,
+        corpus=corpus,
+        failure=failures.get(name),
+        wanted_rounds=config.training.rounds,
+    )
 
 
 def _with_controls(

@@ -37,6 +37,7 @@ Enrol = Callable[..., Path]
 Serve = Callable[..., Service]
 Join = Callable[..., Base]
 OpenStream = Callable[..., RawStream]
+FlowerMessage = Callable[..., Any]
 
 
 @pytest.fixture
@@ -109,3 +110,22 @@ def open_stream() -> Iterator[OpenStream]:
     """An authenticated stream that sends whatever a test wants."""
     with ExitStack() as stack:
         yield lambda address, identity: stack.enter_context(RawStream(address, load_credentials(identity)))
+
+
+# --- Flower
+
+
+@pytest.fixture
+def flower_message(monkeypatch: pytest.MonkeyPatch) -> FlowerMessage:
+    """A message as a server sends it, outside of a run."""
+    from flwr.app import ConfigRecord, Message, RecordDict  # noqa: PLC0415 - only some tests need Flower
+    from flwr.supercore.task_identity import TaskIdentity  # noqa: PLC0415
+
+    for name in ("_run_id", "_node_id", "_task_id"):  # without them no message can be made
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+    def make(kind: str, *, node: int = 1000, **records: dict[str, Any]) -> Message:
+        content = RecordDict({name: ConfigRecord(fields) for name, fields in records.items()})
+        return Message(content, node, kind)
+
+    return make

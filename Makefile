@@ -46,8 +46,8 @@ format: setup ## Format and fix
 protos: setup ## Regenerate the protobuf code
 	cd symbiosis/protocols && ../../$(BIN)/python -m grpc_tools.protoc -I. --python_out=_generated --pyi_out=_generated symbiosis_wire.proto
 
-base: setup ## Train the built-in base again (about 25 minutes)
-	$(BIN)/python scripts/train_base.py
+base: setup ## Train the built-in base again (about half an hour)
+	$(BIN)/python scripts/train_base.py --compile
 
 clean: ## Remove the environment and what tests leave
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

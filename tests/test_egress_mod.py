@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import FlowerMessage
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -177,7 +177,7 @@ def test_of_a_failing_lifespan_only_a_code_leaves(household: Household, part: st
 
 
 def test_whitelisted_scalars_pass_unchanged(household: Household) -> None:
-    sent = {name: 1.5 for name in ALLOWED - {"csr", "error", "round", "frames"}} | {"round": 3, "frames": 2**40}
+    sent = dict.fromkeys(ALLOWED - {"csr", "error", "round", "frames"}, 1.5) | {"round": 3, "frames": 2**40}
     reply = household.ask(answer(metrics=MetricRecord(sent)))
     assert not reply.has_error()
     assert list(reply.content) == ["metrics"]
@@ -196,13 +196,15 @@ def test_a_request_passes_unchanged(household: Household) -> None:
     assert entry.detail == {"names": "csr"}
 
 
-def test_a_request_with_a_private_key_behind_it_does_not_pass(household: Household) -> None:
+def test_a_request_with_something_beside_it_does_not_pass(household: Household) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     private = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    for value in (private, key.sign(b"x", ec.ECDSA(hashes.SHA256()))):
+    request = build_request(key, "acme")
+    for value in (private, request + private, private + request, request + SECRET.encode(), request * 2):
         reply = household.ask(answer(enrolment=ConfigRecord({"csr": value})))
+        assert reply.has_error()
         assert reply.error.reason == "custody"
 
 
@@ -280,7 +282,7 @@ def test_an_organisations_app_is_gated(tmp_path: Path, flower_message: FlowerMes
         flower_message("train"),
         flower_message("train", order={"round": 1, "address": "127.0.0.1:1", "certificate": b"x", "authority": b"y"}),
         flower_message("train", order={"round": 1, "address": "127.0.0.1:1"}),
-        flower_message("query.enrol.twice"),
+        flower_message("query.enrolment"),
     ):
         refused = app(message, context)
         assert refused.has_error()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from datetime import UTC, datetime
 from pathlib import Path
@@ -58,18 +59,16 @@ def connect(
     _check_address(address)
     folder = Path(identity).expanduser()
     credentials = load_credentials(folder)
-    transcript = TranscriptWriter(record) if record is not None else None
-    book = Ledger.open(_ledger_path(folder, ledger), tenant=tenant_of(credentials.certificate_pem))
-    try:
+    with contextlib.ExitStack() as undo:
+        transcript = TranscriptWriter(record) if record is not None else None
+        if transcript is not None:
+            undo.callback(transcript.discard)
+        book = Ledger.open(_ledger_path(folder, ledger), tenant=tenant_of(credentials.certificate_pem))
+        undo.callback(book.close)
         transport = GrpcTransport(address, credentials, reply_timeout_s=reply_timeout_s)
-        try:
-            session = Session(transport, EgressGate(book, destination=address, transcript=transcript), mechanism)
-        except BaseException:
-            transport.close()
-            raise
-    except BaseException:
-        book.close()
-        raise
+        undo.callback(transport.close)
+        session = Session(transport, EgressGate(book, destination=address, transcript=transcript), mechanism)
+        undo.pop_all()
     return Base(
         session,
         book,

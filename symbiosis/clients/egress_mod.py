@@ -1,7 +1,7 @@
 """The Flower side of the egress gate: a mod that lets nothing out of a ClientApp but whitelisted scalars and the CSR.
 
-A mod audits code that the tenant trusts; it is no sandbox for code that the tenant does not (docs/threat-model in later
-versions). `GatedClientApp` puts it around the whole app, so that it sees the reply that leaves, whatever made it.
+A mod audits code that the tenant trusts; it is no sandbox for code that the tenant does not.
+`GatedClientApp` puts it around the whole app, so that it sees the reply that leaves, whatever made it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -146,3 +148,6 @@ def _check_request(name: str, value: bytes) -> None:
         read_request(value)
     except EnrolmentError as error:
         raise CustodyError(f"a Flower message may not carry bytes as {name!r}") from error
+    # A parser skips what is around the request, such as a key in the same file.
+    if x509.load_pem_x509_csr(value).public_bytes(serialization.Encoding.PEM) != value:
+        raise CustodyError(f"a Flower message may not carry more than a request as {name!r}")

@@ -4,7 +4,7 @@ The rules of custody, numbered where they are enforced (docs/custody.md says wha
 
 1. only declared kinds of messages leave: hello, call, fetch, and Flower messages of whitelisted scalars;
 2. a call's layers, row width, dtype and finiteness agree with the host's manifest;
-3. a call's payload is its rows and nothing else, byte for byte;
+3. what is sent is the message and nothing else, byte for byte: a call's payload is its rows;
 4. message numbers increase, so that none is ever used twice;
 5. a fetch names only what the manifest publishes;
 6. what cannot be entered into the ledger does not leave.
@@ -15,10 +15,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 
+import numpy as np
+
 from symbiosis.errors import CustodyError
 from symbiosis.privacy.ledger import Ledger
 from symbiosis.protocols.canonical import canonical_json, sha256_hex
-from symbiosis.protocols.codec import Encoded, Request
+from symbiosis.protocols.codec import Encoded, Request, encode_request
 from symbiosis.protocols.manifest import Manifest, Publish
 from symbiosis.protocols.messages import BlobKind, Call, Fetch, Hello, check_rows, dtype_name
 from symbiosis.protocols.transcript import TranscriptWriter
@@ -54,14 +56,17 @@ class EgressGate:
             CustodyError: a rule is broken; nothing was entered and nothing may be sent.
             ProtocolError: rows that the manifest does not take, as `check_rows` and `Manifest.widths` say.
             LedgerError: the entry cannot be written (rule 6).
+            TranscriptError: the recording cannot be written.
         """
         with self._lock:
             match request:
                 case Hello():
+                    _check_encoding(request, encoded)
                     self._enter("hello", encoded, digest=sha256_hex(encoded.header))
                 case Fetch():
                     self._check_number(request.number)
                     _check_fetch(request, manifest)
+                    _check_encoding(request, encoded)
                     detail = {"kind": request.kind.value, "name": request.name}
                     self._enter("fetch", encoded, digest=sha256_hex(encoded.header), detail=detail)
                 case Call():
@@ -86,7 +91,7 @@ class EgressGate:
                 raise CustodyError(
                     f"a Flower message may not carry {name!r}", "Only whitelisted scalars leave"
                 )  # rule 1
-            if name != "csr" and not isinstance(value, bool | int | float) and not _short_text(value):
+            if name != "csr" and not _small_number(value) and not _short_text(value):
                 raise CustodyError(f"a Flower message may not carry a {type(value).__name__} as {name!r}")  # rule 1
         data = canonical_json({name: _plain(value) for name, value in record.items()})
         with self._lock:
@@ -109,11 +114,8 @@ class EgressGate:
             raise CustodyError("rows may not leave before the host's manifest is known", "Open the session first")
         width, _ = manifest.widths(call.layers, call.direction)
         check_rows(call.rows, width=width)  # rule 2
-        if len(encoded.payload) != call.rows.numel() * call.rows.element_size():
-            raise CustodyError("a call's payload is not its rows")  # rule 3
+        _check_encoding(call, encoded)
         layers = tuple(manifest.layers[position].name for position in call.layers)
-        if self._transcript is not None:
-            self._transcript.write(layers=layers, direction=call.direction, rows=call.rows)
         self._enter(
             "call",
             encoded,
@@ -123,6 +125,8 @@ class EgressGate:
             shape=tuple(call.rows.shape),
             dtype=dtype_name(call.rows.dtype),
         )
+        if self._transcript is not None:  # last: what is recorded has passed every rule
+            self._transcript.write(layers=layers, direction=call.direction, rows=call.rows)
 
     def _check_number(self, number: int) -> None:
         if number <= self._last_number:
@@ -140,15 +144,37 @@ class EgressGate:
 
 
 def _check_fetch(fetch: Fetch, manifest: Manifest | None) -> None:
-    if fetch.kind is BlobKind.MANIFEST:
+    if fetch.kind is BlobKind.MANIFEST and not fetch.name:
         return
     published = manifest is not None and (
         (fetch.kind is BlobKind.FILE and manifest.file(fetch.name) is not None)
-        or (fetch.kind is BlobKind.TENSOR and fetch.name in {tensor.name for tensor in manifest.tensors})
-        or (manifest.publish is Publish.ALL and fetch.name in {layer.name for layer in manifest.layers})
+        or (fetch.kind is BlobKind.TENSOR and fetch.name in _published_tensors(manifest))
     )
     if not published:
         raise CustodyError(f"{fetch.name!r} is not what the host publishes")  # rule 5
+
+
+def _published_tensors(manifest: Manifest) -> set[str]:
+    hosted = manifest.layers if manifest.publish is Publish.ALL else ()
+    return {entry.name for entry in (*manifest.tensors, *hosted)}
+
+
+def _check_encoding(request: Request, encoded: Encoded) -> None:
+    message = encode_request(request)
+    if encoded.header != message.header or not _same_bytes(encoded.payload, message.payload):
+        raise CustodyError(f"the bytes of a {type(request).__name__.lower()} are not the message's own")  # rule 3
+
+
+def _same_bytes(left: memoryview, right: memoryview) -> bool:
+    """Whether two payloads are equal. A session brings two views of the same memory, which costs nothing."""
+    mine, other = np.asarray(left), np.asarray(right)
+    same_place = mine.__array_interface__["data"][0] == other.__array_interface__["data"][0]
+    return mine.size == other.size and (same_place or bool(np.array_equal(mine, other)))
+
+
+def _small_number(value: object) -> bool:
+    """A number of 64 bits; a longer integer could hold a tensor."""
+    return isinstance(value, float) or (isinstance(value, int) and -(2**63) <= value < 2**63)
 
 
 def _short_text(value: object) -> bool:

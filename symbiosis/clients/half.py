@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import safetensors
 import safetensors.torch
@@ -16,11 +18,13 @@ from symbiosis.clients.session import Session
 from symbiosis.clients.siblings import Multiplier
 from symbiosis.errors import FrameError, PolicyError, UnknownBaseError
 from symbiosis.protocols.canonical import sha256_hex
-from symbiosis.protocols.manifest import Layer, Manifest, PublishedTensor, require_published
+from symbiosis.protocols.manifest import Layer, Manifest, PublishedFile, PublishedTensor, require_published
 from symbiosis.protocols.messages import BlobKind, dtype_name
 from symbiosis.protocols.tensors import byte_count, stored_dtype, tensor_digest
 
 _SAFETENSORS_HEADER_BYTES = 64 << 10
+
+_Read = TypeVar("_Read")
 
 
 class TenantHalf:
@@ -60,8 +64,13 @@ class TenantHalf:
                     f"the local base has no {entry.name} like the host's", "Give the directory of the very same base"
                 )
             return found.clone()
-        data = self._cached(entry.digest + ".safetensors", lambda: self._fetch_tensor(entry.name, entry.byte_count))
-        return _read_tensor(data, name=entry.name, shape=entry.shape, dtype=entry.dtype, digest=entry.digest)
+        return self._cached(
+            entry.digest + ".safetensors",
+            fetch=lambda: self._fetch_tensor(entry.name, entry.byte_count),
+            read=lambda data: _read_tensor(
+                data, name=entry.name, shape=entry.shape, dtype=entry.dtype, digest=entry.digest
+            ),
+        )
 
     def download(self, name: str) -> torch.Tensor:
         """A hosted weight whole; see `WeightSource.download`."""
@@ -77,9 +86,8 @@ class TenantHalf:
         if self._scratch is None:
             self._scratch = tempfile.TemporaryDirectory(prefix="symbiosis-base-")
             for file in self._manifest.files:
-                data = self._cached(file.digest, partial(self._fetch_file, file.name, file.byte_count))
-                if sha256_hex(data) != file.digest:
-                    raise FrameError(f"the host's file {file.name} is not the one in its manifest", "Connect again")
+                fetch, read = partial(self._fetch_file, file.name, file.byte_count), partial(_read_file, file)
+                data = self._cached(file.digest, fetch=fetch, read=read)
                 (Path(self._scratch.name) / file.name).write_bytes(data)
         return Path(self._scratch.name)
 
@@ -94,18 +102,27 @@ class TenantHalf:
     def _fetch_file(self, name: str, count: int) -> bytes:
         return self._session.fetch(BlobKind.FILE, name, max_bytes=count)
 
-    def _cached(self, key: str, fetch: Callable[[], bytes]) -> bytes:
+    def _cached(self, key: str, *, fetch: Callable[[], bytes], read: Callable[[bytes], _Read]) -> _Read:
+        """What `read` makes of the cache's file, or of what is fetched; only what it accepts is kept."""
         if self._cache is None:
-            return fetch()
+            return read(fetch())
         path = self._cache / key
         if path.is_file():
-            return path.read_bytes()
+            with contextlib.suppress(FrameError):  # cut off or changed: fetched again
+                return read(path.read_bytes())
         data = fetch()
+        result = read(data)
         self._cache.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self._cache, delete=False) as file:
             file.write(data)
         os.replace(file.name, path)
-        return data
+        return result
+
+
+def _read_file(file: PublishedFile, data: bytes) -> bytes:
+    if sha256_hex(data) != file.digest:
+        raise FrameError(f"the host's file {file.name} is not the one in its manifest", "Connect again")
+    return data
 
 
 def _read_layer(data: bytes, layer: Layer) -> torch.Tensor:

@@ -55,10 +55,13 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("rounds", "steps_per_round", "batch_blocks", "block_tokens", "held_out_blocks", "rank", "alpha"):
-            if getattr(self, name) < 1:
-                raise ConfigurationError(f"{name} is {getattr(self, name)}", "It must be at least 1")
-        if not 0 < self.learning_rate < math.inf:
-            raise ConfigurationError(f"learning_rate is {self.learning_rate}", "It must be positive")
+            if not _is_whole(value := getattr(self, name)) or value < 1:
+                raise ConfigurationError(f"{name} is {value!r}", "It must be a whole number, at least 1")
+        rate = self.learning_rate
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+            raise ConfigurationError(f"learning_rate is {rate!r}", "It must be a positive number")
+        if not _is_whole(self.seed) or not 0 <= self.seed < 2**32:
+            raise ConfigurationError(f"seed is {self.seed!r}", "It must be a whole number from 0 to 4294967295")
 
     @property
     def total_steps(self) -> int:
@@ -131,8 +134,8 @@ def train_round(model: Any, data: TenantData, config: TrainingConfig, *, number:
         ConfigurationError: there is no checkpoint to resume from.
     """
     checkpoints = directory / _CHECKPOINTS
-    target_steps = number * config.steps_per_round
-    resume = checkpoints / f"checkpoint-{target_steps - config.steps_per_round}" if number > 1 else None
+    done_steps, target_steps = (number - 1) * config.steps_per_round, number * config.steps_per_round
+    resume = checkpoints / f"checkpoint-{done_steps}" if number > 1 else None
     if resume is not None and not resume.is_dir():
         raise ConfigurationError(f"round {number} finds no checkpoint {resume.name}", "Begin with round 1")
     trainer = _trainer(model, data, config, checkpoints, target_steps)
@@ -141,10 +144,11 @@ def train_round(model: Any, data: TenantData, config: TrainingConfig, *, number:
     seconds = time.monotonic() - started
     history = {int(entry["step"]): entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
     (directory / "history.json").write_text(json.dumps(history), encoding="utf-8")
-    of_round = [loss for step, loss in history.items() if step > target_steps - config.steps_per_round]
+    of_round = [loss for step, loss in history.items() if step > done_steps]
     return RoundResult(
         steps=target_steps,
-        tokens=config.steps_per_round * config.batch_blocks * config.block_tokens,
+        tokens=(_blocks_after(target_steps, data, config) - _blocks_after(done_steps, data, config))
+        * config.block_tokens,
         seconds=seconds,
         loss_train=sum(of_round) / len(of_round),
         loss_held_out=held_out_loss(model, data, config),
@@ -218,6 +222,16 @@ def _trainer(model: Any, data: TenantData, config: TrainingConfig, checkpoints: 
 
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _blocks_after(steps: int, data: TenantData, config: TrainingConfig) -> int:
+    """Blocks trained on in so many steps; the last batch of every pass through the data may be a smaller one."""
+    passes, batches = divmod(steps, math.ceil(len(data.train) / config.batch_blocks))
+    return passes * len(data.train) + batches * config.batch_blocks
 
 
 def _stack(examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:

@@ -11,8 +11,10 @@ import ssl
 import tempfile
 from pathlib import Path
 
+from cryptography.x509.oid import ExtendedKeyUsageOID
+
 from symbiosis.errors import CertificateError
-from symbiosis.protocols.identity import Credentials
+from symbiosis.protocols.identity import Credentials, expiry_of, issued_by, parse_certificate, serves_as, utc_now
 
 _REASONS = (
     # (text in the alert or verification message, what was wrong, what to do)
@@ -51,13 +53,27 @@ def handshake_error(address: str, credentials: Credentials, *, timeout_s: float 
             context = _context(credentials)
             with context.wrap_socket(connection, server_hostname=host) as tls:
                 # In TLS 1.3 the server judges the client's certificate after the client believes to be connected.
-                # Its alert, if any, is the first thing that can be read; HTTP/2 settings are otherwise.
-                tls.recv(1)
+                # A welcome begins with HTTP/2 settings; a refusal with an alert or, from gRPC's servers, just ends.
+                if not tls.recv(1):
+                    return _unwelcome(address, credentials)
     except ssl.SSLError as error:
         return _named(address, error)
     except (OSError, ValueError):
         return None
     return None
+
+
+def _unwelcome(address: str, credentials: Credentials) -> CertificateError:
+    """Why a host whose own certificate is fine ends the connection: the authority of both sides is one."""
+    leaf, root = parse_certificate(credentials.certificate_pem), parse_certificate(credentials.ca_pem)
+    problem, action = "the host does not accept this tenant's certificate", "Enrol again at this host"
+    if expiry_of(credentials.certificate_pem) <= utc_now():
+        problem = "this tenant's certificate has expired"
+    elif not issued_by(leaf, root):
+        problem = "the host does not know the authority that signed this tenant's certificate"
+    elif not serves_as(leaf, ExtendedKeyUsageOID.CLIENT_AUTH):
+        problem = "the certificate shown is not one of a tenant"
+    return CertificateError(f"{problem} ({address})", action)
 
 
 def _context(credentials: Credentials) -> ssl.SSLContext:

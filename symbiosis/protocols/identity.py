@@ -160,6 +160,15 @@ def serves_as(certificate: x509.Certificate, purpose: x509.ObjectIdentifier) -> 
     return purpose in usage
 
 
+def issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+    """Whether `authority` signed `certificate`."""
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except PARSE_ERRORS:
+        return False
+    return True
+
+
 def parse_certificate(pem: bytes, *, source: str = "the certificate", next_action: str = "") -> x509.Certificate:
     """Parse a PEM that holds exactly one certificate.
 

@@ -66,6 +66,12 @@ class TranscriptWriter:
             raise TranscriptError(f"the recording cannot be written: {error.strerror}", "Free some space") from error
         self._sequence += 1
 
+    def discard(self) -> None:
+        """Close and remove a recording of a session that did not begin, so that its directory can be used again."""
+        self.close()
+        for file in (self._index, self._rows):
+            Path(file.name).unlink(missing_ok=True)
+
     def close(self) -> None:
         """Close both files."""
         self._index.close()

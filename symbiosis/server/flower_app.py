@@ -204,7 +204,9 @@ def _replies(run: _Run, messages: Iterable[Message], *, timeout_s: float) -> Ite
 
 def _require(reply: Message, record: str) -> ConfigRecord | MetricRecord:
     if reply.has_error():
-        raise SimulationError(f"the tenant answered with an error ({reply.error.reason})", "Its own log says more")
+        # A tenant's text, on its way to an operator's terminal: one line, no control characters, not too long.
+        reason = (reply.error.reason or "no reason").encode("unicode_escape").decode("ascii")[:200]
+        raise SimulationError(f"the tenant answered with an error ({reason})", "Its own log says more")
     found = reply.content.get(record)
     if not isinstance(found, ConfigRecord | MetricRecord):
         raise SimulationError(f"the tenant's answer has no {record!r}", "Run both sides with the same release")

@@ -5,7 +5,7 @@ A stream is served by these rules, numbered where they are enforced:
 1. TLS 1.3 at least. gRPC offers no minimum, so a stream below it is ended before its first chunk is read.
 2. The tenant's name comes from the certificate alone, and the certificate is looked at again for every message: one
    that expires ends the stream.
-3. The first message is a `Hello`; nothing else is answered before it.
+3. The first message is a `Hello`; nothing else is answered before one that was welcome.
 4. A refused message is answered with a `Refusal` and the stream goes on; a stream whose chunks cannot be put together
    (`FrameError` and its like, which leave no way to find the next message) is ended after the refusal.
 5. No error text of the host's own accidents reaches a tenant.
@@ -27,7 +27,7 @@ from symbiosis.protocols.codec import Assembler, Reply, Request, encode_reply, r
 from symbiosis.protocols.grpc_client import CHANNEL_OPTIONS
 from symbiosis.protocols.identity import Credentials, expiry_of, tenant_of
 from symbiosis.protocols.limits import MAX_MESSAGE_BYTES
-from symbiosis.protocols.messages import Call, Fetch, Hello
+from symbiosis.protocols.messages import Call, Fetch, Hello, Welcome
 from symbiosis.protocols.status import refusal_of
 from symbiosis.protocols.transport import Handler
 
@@ -131,14 +131,14 @@ class Service:
                 continue
             if peer.expires <= datetime.now(UTC):
                 context.abort(grpc.StatusCode.UNAUTHENTICATED, "the certificate has expired")  # rule 2
-            greeted = greeted or isinstance(request, Hello)
             reply = self._reply(peer.tenant, request, greeted=greeted)
+            greeted = greeted or isinstance(reply, Welcome)
             yield from encode_reply(reply).chunks()
 
     def _reply(self, tenant: str, request: Request, *, greeted: bool) -> Reply:
         number = request.number if isinstance(request, Call | Fetch) else 0
         try:
-            if not greeted:
+            if not greeted and not isinstance(request, Hello):
                 raise ProtocolError("a stream begins with a hello", "Send it first")  # rule 3
             return self._handler.handle(tenant, request)
         except SymbiosisError as error:

@@ -37,6 +37,8 @@ app.add_typer(audit_app, name="audit")
 _console = Console(stderr=True)
 _log = logging.getLogger(__name__)
 
+_INTERRUPTED = 130  # what Typer makes of a KeyboardInterrupt
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
 
@@ -48,6 +50,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = app(standalone_mode=False)
+        if code == _INTERRUPTED:
+            raise KeyboardInterrupt
     except SymbiosisError as error:
         _fail(error, wants_json=wants_json)
         code = 2 if isinstance(error, ConfigurationError) else 1

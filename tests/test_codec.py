@@ -260,6 +260,15 @@ def test_trailing_bytes_are_refused(extra: bytes) -> None:
         assembler.feed(chunks[2] + extra)
 
 
+@given(message=st.one_of(requests, replies), extra=st.binary(min_size=1, max_size=9))
+def test_no_message_of_any_kind_takes_more_than_it_announced(message: Request | Reply, extra: bytes) -> None:
+    is_request = isinstance(message, Hello | Call | Fetch)
+    encoded = encode_request(message) if is_request else encode_reply(message)
+    *chunks, last = encoded.chunks()
+    with pytest.raises(FrameError):
+        feed_all(host_side() if is_request else tenant_side(), [*chunks, last + extra])
+
+
 @pytest.mark.parametrize(
     "order",
     [(1,), (2,), (0, 0), (0, 2, 1), (0, 1, 0), (0, 1, 1, 1), (0, 1, 2, 2), (0, 1, 2, 1), (1, 0, 2), (0, 2, 2, 2)],

@@ -128,7 +128,7 @@ def test_adapter_gradients(pair: Pair) -> None:
         split_loss, split = train_once(split_model, batch)
         assert relative_error(split_loss, loss) < FP32
         assert worst_error(split, local) < FP32
-        assert worst_error(split, exact) < 4 * FP32  # the local run itself is up to 2e-5 from float64
+        assert worst_error(split, exact) < FP32
         assert max(map(float, (grad.abs().max() for grad in split.values()))) > 1e-3
 
 

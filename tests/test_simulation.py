@@ -351,7 +351,7 @@ class Flower:
     folder: Path
     watched: Watched
 
-    def flwr(self, *arguments: str | Path, folder: Path | None = None, timeout_s: float = 60.0) -> str:
+    def flwr(self, *arguments: str | Path, folder: Path | None = None, timeout_s: float = 120.0) -> str:
         done = subprocess.run(
             [PROGRAMS / "flwr", *arguments],
             cwd=folder or self.folder,

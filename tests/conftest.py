@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
 from oracles import RawStream
 from transformers import PreTrainedModel
@@ -38,6 +39,14 @@ Serve = Callable[..., Service]
 Join = Callable[..., Base]
 OpenStream = Callable[..., RawStream]
 FlowerMessage = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers() -> Iterator[None]:
+    """Every test draws the same random numbers in every run, alone or after others."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
 
 
 @pytest.fixture

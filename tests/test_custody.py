@@ -173,7 +173,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         Host(host_model(whole, name="tapped")) as host,
         TappedService(host, authority.issue_host(["127.0.0.1"])) as service,
         connect(service.address, identity=folder, record=record, cache=None) as base,
+        torch.random.fork_rng(),
     ):
+        torch.manual_seed(0)
         model = with_lora(base.load(AutoModelForCausalLM), LLAMA_TARGETS)
         plant(model)
         # What is private here was never the host's: another table and another head than it published.
@@ -218,7 +220,7 @@ def plant(model: torch.nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.copy_(torch.rand(parameter.shape, generator=generator) * 0.1)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
 def test_the_run_trains(run: Run) -> None:
@@ -309,7 +311,9 @@ def test_the_embedding_leaves_normalised(run: Run) -> None:
 def test_no_row_points_where_an_adapter_does(run: Run) -> None:
     frames = list(read_transcript(run.record))
     for name, value in run.secrets.items():
-        if "lora_" not in name and "lm_head" not in name:
+        # Not so the head: the last block's gradient is nearly minus the label's row of it (cosine 0.98 to 0.99 here).
+        # Nobody sent that row, but plaintext lets it be inferred: leakage, as docs/custody.md says.
+        if "lora_" not in name or " of " in name:
             continue
         for directions in (value, value.T):
             if directions.dim() != 2 or directions.shape[1] < 16:

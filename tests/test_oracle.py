@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -712,13 +712,6 @@ def test_a_call_longer_than_a_message_is_cut_by_rows(open_base: OpenBase) -> Non
     answer = linear(rows, weight)
     assert pair.base.traffic.frames - frames == 2
     assert relative_error(answer, rows.double() @ whole.T.double()) < FP32
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
 
 
 def test_the_vocabulary_is_used() -> None:

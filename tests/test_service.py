@@ -747,6 +747,7 @@ def test_a_ledger_that_cannot_be_kept(service: Service, enrol: Enrol, join: Join
 def test_a_connection_that_failed_leaves_nothing_behind(
     service: Service, enrol: Enrol, join: Join, model: PreTrainedModel, tmp_path: Path
 ) -> None:
+    before = set(threading.enumerate())
     identity, folder, ledger = enrol("acme"), tmp_path / "record", tmp_path / "ledger.jsonl"
     folder.mkdir()
     with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -758,7 +759,7 @@ def test_a_connection_that_failed_leaves_nothing_behind(
     assert works(base, model)
     assert len(list(read_transcript(folder))) == 1
     base.close()
-    for thread in threading.enumerate():
+    for thread in set(threading.enumerate()) - before:
         if thread.name == "symbiosis-watchdog":
             thread.join(10)
             assert not thread.is_alive()

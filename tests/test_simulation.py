@@ -82,11 +82,11 @@ class Watched:
             with contextlib.suppress(psutil.Error, OSError):
                 if process.environ().get(MARK) == self.mark:
                     marked.append(process)
-        return [process for process in {*self.family, *marked} if _runs(process)]
+        return [process for process in {*self.family, *marked} if _runs(process) and not _is_tracker(process)]
 
     def end(self) -> None:
         """End all of it, each by its id."""
-        for process in [*self.left()]:
+        for process in self.left():
             with contextlib.suppress(psutil.Error):
                 process.kill()
         if self.process.poll() is None:
@@ -98,6 +98,14 @@ def _runs(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.Error):
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     return False
+
+
+def _is_tracker(process: psutil.Process) -> bool:
+    """Python's own helper of `multiprocessing`, which ends when it reads that its parent has: a moment later."""
+    try:
+        return any("multiprocessing.resource_tracker" in word for word in process.cmdline())
+    except psutil.Error:
+        return not _runs(process)
 
 
 @contextlib.contextmanager

@@ -68,14 +68,15 @@ def connect(
         transport = GrpcTransport(address, credentials, reply_timeout_s=reply_timeout_s)
         undo.callback(transport.close)
         session = Session(transport, EgressGate(book, destination=address, transcript=transcript), mechanism)
+        opened = Base(
+            session,
+            book,
+            identity=folder,
+            cache=Path(cache).expanduser() if cache is not None else None,
+            local=Path(base).expanduser() if base is not None else None,
+        )
         undo.pop_all()
-    return Base(
-        session,
-        book,
-        identity=folder,
-        cache=Path(cache).expanduser() if cache is not None else None,
-        local=Path(base).expanduser() if base is not None else None,
-    )
+    return opened
 
 
 def _check_address(address: str) -> None:

@@ -5,8 +5,9 @@ No module is replaced and no architecture is named, so PEFT, `Trainer` and `gene
 
 What it does, in the order in which an operation meets it:
 
-1. a product with rows (`F.linear`, `matmul`, `mm`, `addmm`) is a call to the host;
-2. an operation that only moves it about (`t`, `detach`, `clone`, dtype or device) gives another remote weight;
+1. a product with rows (`F.linear`, `matmul`, `addmm`, `bmm`, `grouped_mm`, ...: `row_products`) is a call to the host;
+2. an operation that only moves it about (`t`, `detach`, `clone`, one matrix of a stack, dtype or device) gives another
+   remote weight;
 3. an operation that would write to it, or make it trainable, raises `RemoteWeightError`;
 4. anything else needs its numbers: they are downloaded whole where the host's policy allows it, and the download is
    logged; otherwise `RemoteWeightError` says so.
@@ -19,13 +20,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, Self
 
 import torch
-import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from symbiosis.clients.row_products import PRODUCTS, RowTarget
 from symbiosis.clients.siblings import Multiplier
 from symbiosis.errors import PolicyError, RemoteWeightError
 from symbiosis.protocols.manifest import Layer, Orientation
-from symbiosis.protocols.messages import Direction
+from symbiosis.protocols.messages import Direction, Segment
 
 _log = logging.getLogger(__name__)
 _aten = torch.ops.aten
@@ -45,20 +46,22 @@ class WeightSource(Protocol):
         ...
 
 
-class RemoteWeight(torch.Tensor):
-    """A frozen two-dimensional weight at the host; see the module's docstring.
+class RemoteWeight(RowTarget, torch.Tensor):
+    """A frozen weight at the host, one matrix or a stack of them; see the module's docstring.
 
     Args:
         source: products and, where the policy allows, the numbers.
         layer: the weight's entry in the manifest.
         dtype: dtype that the model sees; the host multiplies in the wider of this and its own.
         device: device that the model sees; answers come back to the device of the rows.
-        transposed: whether this is the stored weight's transpose.
+        transposed: whether this is the stored weight's transpose (of every matrix of a stack).
+        matrix: which matrix of a stack this is; `None` for all of it.
     """
 
     _source: WeightSource
     _layer: Layer
     _transposed: bool
+    _matrix: int | None
 
     @staticmethod
     def __new__(  # noqa: D102 - documented in the class
@@ -69,15 +72,22 @@ class RemoteWeight(torch.Tensor):
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         transposed: bool = False,
+        matrix: int | None = None,
     ) -> RemoteWeight:
-        rows, columns = layer.shape
-        sizes, strides = ((columns, rows), (1, columns)) if transposed else ((rows, columns), (columns, 1))
+        *stack, rows, columns = layer.shape
+        count = stack if matrix is None else []
+        matrix_sizes, matrix_strides = (
+            ((columns, rows), (1, columns)) if transposed else ((rows, columns), (columns, 1))
+        )
+        sizes = (*count, *matrix_sizes)
+        strides = (*(rows * columns for _ in count), *matrix_strides)
         weight: RemoteWeight = torch.Tensor._make_wrapper_subclass(
             cls, sizes, strides=strides, dtype=dtype, device=torch.device(device), requires_grad=False
         )
         weight._source = source
         weight._layer = layer
         weight._transposed = transposed
+        weight._matrix = matrix
         # Modules register it as a parameter, and loading code does not wrap it again.
         weight._is_param = True
         return weight
@@ -88,15 +98,26 @@ class RemoteWeight(torch.Tensor):
         return self._layer.name
 
     def multiply_rows(self, rows: torch.Tensor, *, transposed: bool) -> torch.Tensor:
-        """`rows @ W`, or `rows @ Wᵀ` if `transposed`; shape `(..., width)`, dtype and device of `rows`."""
+        """See `RowTarget`; dtype and device of the answer are those of `rows`, or autocast's dtype."""
+        direction, dtype = self._direction(transposed), _product_dtype(rows)
+        if self._matrix is None:
+            return self._source.multiplier.multiply(rows, self._layer.name, direction, dtype=dtype)
+        count = rows.numel() // max(1, rows.shape[-1])
+        segments = (Segment(matrix=self._matrix, rows=count),) if count else ()
+        return self._source.multiplier.multiply_stack(rows, self._layer.name, direction, segments, dtype=dtype)
+
+    def multiply_segments(
+        self, rows_TI: torch.Tensor, segments: tuple[Segment, ...], *, transposed: bool
+    ) -> torch.Tensor:
+        """See `RowTarget`; one message, whatever the number of matrices."""
+        direction, dtype = self._direction(transposed), _product_dtype(rows_TI)
+        return self._source.multiplier.multiply_stack(rows_TI, self._layer.name, direction, segments, dtype=dtype)
+
+    def _direction(self, transposed: bool) -> Direction:
         # Stored as (out, in), `rows @ storedᵀ` is the layer's forward; stored as (in, out), `rows @ stored` is.
         stored_transposed = transposed != self._transposed
         is_forward = stored_transposed == (self._layer.orientation is Orientation.OUT_IN)
-        direction = Direction.FORWARD if is_forward else Direction.BACKWARD
-        dtype = rows.dtype
-        if torch.is_autocast_enabled(rows.device.type) and dtype is not torch.float64:  # which autocast leaves alone
-            dtype = torch.get_autocast_dtype(rows.device.type)
-        return self._source.multiplier.multiply(rows, self._layer.name, direction, dtype=dtype)
+        return Direction.FORWARD if is_forward else Direction.BACKWARD
 
     @classmethod
     def __torch_function__(
@@ -108,7 +129,7 @@ class RemoteWeight(torch.Tensor):
     ) -> Any:
         """Rules 1 and 3, at the level of public functions; the rest goes on to `__torch_dispatch__`."""
         kwargs = kwargs or {}
-        handler = _FUNCTIONS.get(func)
+        handler = PRODUCTS.get(func) or _WRITES.get(func)
         if handler is not None:
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
@@ -128,7 +149,9 @@ class RemoteWeight(torch.Tensor):
         kwargs = kwargs or {}
         mover = _MOVES.get(func)
         if mover is not None and isinstance(args[0], RemoteWeight):
-            return mover(*args, **kwargs)
+            moved = mover(*args, **kwargs)
+            if moved is not NotImplemented:
+                return moved
         if func in _FACTORIES:
             args, kwargs = tree_map_only(RemoteWeight, _stand_in, (args, kwargs))
             return func(*args, **kwargs)
@@ -173,7 +196,12 @@ class RemoteWeight(torch.Tensor):
         return f"RemoteWeight({self._layer.name}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
     def _like(
-        self, *, dtype: torch.dtype | None = None, device: torch.device | None = None, flip: bool = False
+        self,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        flip: bool = False,
+        matrix: int | None = None,
     ) -> RemoteWeight:
         if device is not None and device.type == "meta":
             raise RemoteWeightError(f"{self._layer.name} lives at the host and cannot move to `meta`", _AT_HOST)
@@ -183,6 +211,7 @@ class RemoteWeight(torch.Tensor):
             dtype=dtype or self.dtype,
             device=device or self.device,
             transposed=self._transposed != flip,
+            matrix=self._matrix if matrix is None else matrix,
         )
 
     def _download(self, func: Any) -> torch.Tensor:
@@ -195,54 +224,24 @@ class RemoteWeight(torch.Tensor):
         _log.info("%s needs the numbers of %s: downloaded", func, self._layer.name)
         # A copy: what an operation does to a view of it must not change what the next one is given.
         stored = stored.to(dtype=self.dtype, device=self.device, copy=True)
-        return stored.T if self._transposed else stored
+        stored = stored if self._matrix is None else stored[self._matrix]
+        return stored.mT if self._transposed else stored
 
 
 _AT_HOST = "Only the host holds its numbers; multiply rows by it, or load the base locally"
 _MERGE = ". To merge an adapter, load it on the full base with `PeftModel.from_pretrained` and merge there"
 
 
+def _product_dtype(rows: torch.Tensor) -> torch.dtype:
+    """What rows are multiplied in: their own dtype, or autocast's, which leaves float64 alone."""
+    if torch.is_autocast_enabled(rows.device.type) and rows.dtype is not torch.float64:
+        return torch.get_autocast_dtype(rows.device.type)
+    return rows.dtype
+
+
 def is_remote(tensor: object) -> bool:
     """Whether `tensor` is a weight that lives at the host."""
     return isinstance(tensor, RemoteWeight)
-
-
-def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:  # noqa: A002
-    if is_remote(input) or is_remote(bias) or not isinstance(weight, RemoteWeight):
-        return NotImplemented
-    result = weight.multiply_rows(input, transposed=True)
-    return result if bias is None else result + bias.to(result.dtype)
-
-
-def _matmul(left: torch.Tensor, right: torch.Tensor) -> Any:
-    if isinstance(right, RemoteWeight) and not is_remote(left):
-        return right.multiply_rows(left, transposed=False)
-    if isinstance(left, RemoteWeight) and not is_remote(right):
-        if right.dim() == 1:
-            return left.multiply_rows(right, transposed=True)
-        return left.multiply_rows(right.mT, transposed=True).mT
-    return NotImplemented
-
-
-def _rmatmul(right: torch.Tensor, left: torch.Tensor) -> Any:
-    return _matmul(left, right)
-
-
-def _addmm(
-    input: torch.Tensor,  # noqa: A002
-    mat1: torch.Tensor,
-    mat2: torch.Tensor,
-    *,
-    beta: float = 1,
-    alpha: float = 1,
-) -> Any:
-    result = NotImplemented if is_remote(input) else _matmul(mat1, mat2)
-    if result is NotImplemented:
-        return result
-    scaled = result if alpha == 1 else result * alpha
-    if beta == 0:  # the input is not read, whatever it holds
-        return scaled
-    return scaled + (input if beta == 1 else input * beta).to(result.dtype)
 
 
 def _set_requires_grad(weight: torch.Tensor, requires_grad: bool) -> Any:
@@ -300,12 +299,23 @@ def _same(weight: RemoteWeight, **_: Any) -> RemoteWeight:
     return weight._like()
 
 
-def _transpose(weight: RemoteWeight, first: int = 0, second: int = 1) -> RemoteWeight:
-    return weight._like(flip=first % 2 != second % 2)
+def _transpose(weight: RemoteWeight, first: int = 0, second: int = 1) -> Any:
+    ends = {first % weight.dim(), second % weight.dim()}
+    if len(ends) == 2 and ends != {weight.dim() - 2, weight.dim() - 1}:
+        return NotImplemented  # moves the matrices of a stack
+    return weight._like(flip=len(ends) == 2)
 
 
-def _permute(weight: RemoteWeight, dims: Sequence[int]) -> RemoteWeight:
-    return weight._like(flip=dims[0] % 2 == 1)  # `W.T`
+def _permute(weight: RemoteWeight, dims: Sequence[int]) -> Any:
+    order, last = [dim % weight.dim() for dim in dims], weight.dim() - 1
+    flipped = [*range(last - 1), last, last - 1]
+    return weight._like(flip=order == flipped) if order in (flipped, sorted(order)) else NotImplemented
+
+
+def _select(weight: RemoteWeight, dim: int, index: int) -> Any:
+    if weight.dim() != 3 or dim % 3 != 0:
+        return NotImplemented
+    return weight._like(matrix=index % weight.shape[0])
 
 
 def _stand_in(weight: RemoteWeight) -> torch.Tensor:
@@ -313,25 +323,14 @@ def _stand_in(weight: RemoteWeight) -> torch.Tensor:
     return torch.empty((), dtype=weight.dtype, device=weight.device).expand(weight.shape)
 
 
-_FUNCTIONS: dict[Any, Callable[..., Any]] = {
-    F.linear: _linear,
-    torch.matmul: _matmul,
-    torch.mm: _matmul,
-    torch.Tensor.matmul: _matmul,
-    torch.Tensor.mm: _matmul,
-    torch.Tensor.__matmul__: _matmul,
-    torch.Tensor.__rmatmul__: _rmatmul,
-    torch.mv: _matmul,
-    torch.Tensor.mv: _matmul,
-    torch.addmm: _addmm,
-    torch.Tensor.addmm: _addmm,
+_WRITES: dict[Any, Callable[..., Any]] = {
     torch.Tensor.requires_grad.__set__: _set_requires_grad,  # type: ignore[attr-defined]
     torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     torch.Tensor.__setitem__: _set_item,
     torch.Tensor.numpy: _to_numpy,
     torch.Tensor.tolist: _to_list,
 }
-_MOVES: dict[Any, Callable[..., RemoteWeight]] = {
+_MOVES: dict[Any, Callable[..., Any]] = {
     _aten.detach.default: _same,
     _aten.alias.default: _same,
     _aten.clone.default: _same,
@@ -340,6 +339,7 @@ _MOVES: dict[Any, Callable[..., RemoteWeight]] = {
     _aten.t.default: _transpose,
     _aten.transpose.int: _transpose,
     _aten.permute.default: _permute,
+    _aten.select.int: _select,
 }
 _FACTORIES = {
     _aten.empty_like.default,

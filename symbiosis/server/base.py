@@ -224,10 +224,9 @@ def _model_files(model: PreTrainedModel) -> dict[str, bytes]:
 
 
 def _layer(name: str, parameter: torch.Tensor, orientation: Orientation) -> Layer:
-    rows, columns = parameter.shape
     return Layer(
         name=name,
-        shape=(rows, columns),
+        shape=tuple(parameter.shape),
         orientation=orientation,
         dtype=dtype_name(parameter.dtype),
         digest=tensor_digest(parameter),

@@ -12,27 +12,47 @@ from collections.abc import Sequence
 import torch
 
 from symbiosis.protocols.manifest import Orientation
-from symbiosis.protocols.messages import Direction
+from symbiosis.protocols.messages import Direction, Segment
 
 Weight = tuple[torch.Tensor, Orientation]
 """A stored weight and how it is stored."""
 
 
-def multiply(rows: torch.Tensor, weights: Sequence[Weight], direction: Direction) -> torch.Tensor:
-    """Multiply rows by a group of layers.
+def multiply(
+    rows: torch.Tensor, weights: Sequence[Weight], direction: Direction, segments: Sequence[Segment] = ()
+) -> torch.Tensor:
+    """Multiply rows by a group of layers, or by the matrices of a stack.
 
     Args:
         rows: `x_TI` (forward) or `g_TO` (backward); any floating dtype.
         weights: the group's layers in order.
         direction: which product.
+        segments: for a stack, which matrix each row meets; rows of one matrix are gathered, whoever sent them.
 
     Returns:
         `y_TO` (forward: the layers' answers side by side) or `g_TI` (backward: the sum over the layers), in the dtype
         of `rows`. Where a weight has another dtype, the product is taken in the wider of both.
     """
+    if segments:
+        return _segmented(rows, weights[0], direction, segments)
     if direction is Direction.FORWARD:
         return _forward(rows, weights)
     return _backward(rows, weights)
+
+
+def _segmented(rows: torch.Tensor, weight: Weight, direction: Direction, segments: Sequence[Segment]) -> torch.Tensor:
+    stack, orientation = weight
+    pieces = rows.split([segment.rows for segment in segments])
+    by_matrix: dict[int, list[int]] = {}
+    for position, segment in enumerate(segments):
+        by_matrix.setdefault(segment.matrix, []).append(position)
+    answers: dict[int, torch.Tensor] = {}
+    for matrix, positions in by_matrix.items():
+        gathered = [pieces[position] for position in positions]
+        joined = gathered[0] if len(gathered) == 1 else torch.cat(gathered)
+        product = multiply(joined, [(stack[matrix], orientation)], direction)
+        answers.update(zip(positions, product.split([piece.shape[0] for piece in gathered]), strict=True))
+    return torch.cat([answers[position] for position in range(len(segments))])
 
 
 def _forward(x_TI: torch.Tensor, weights: Sequence[Weight]) -> torch.Tensor:

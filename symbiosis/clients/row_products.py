@@ -1,0 +1,153 @@
+"""Products of rows with weights that live elsewhere, as the public functions of PyTorch spell them.
+
+Shape legend: T rows, I and O widths, E matrices of a stack, N rows of each matrix.
+A `RowTarget` is whatever can be multiplied by rows and whose numbers are not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from symbiosis.protocols.messages import Segment
+
+
+class RowTarget:
+    """A weight that rows can be multiplied by: one matrix, or a stack of them (three dimensions)."""
+
+    def multiply_rows(self, rows: torch.Tensor, *, transposed: bool) -> torch.Tensor:
+        """`rows @ W`, or `rows @ Wᵀ` if `transposed`; shape `(..., width)`. For a single matrix."""
+        raise TypeError(f"{type(self).__name__} has no product with rows")
+
+    def multiply_segments(
+        self, rows_TI: torch.Tensor, segments: tuple[Segment, ...], *, transposed: bool
+    ) -> torch.Tensor:
+        """`(T, O)`: each segment's rows times its matrix (transposed). For a stack."""
+        raise TypeError(f"{type(self).__name__} has no product with rows of many matrices")
+
+
+def is_target(tensor: object) -> bool:
+    """Whether `tensor` is a weight that lives elsewhere."""
+    return isinstance(tensor, RowTarget)
+
+
+def _dim(target: Any) -> int:
+    return int(target.dim())
+
+
+def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:  # noqa: A002
+    if is_target(input) or is_target(bias) or not isinstance(weight, RowTarget) or _dim(weight) != 2:
+        return NotImplemented
+    result = weight.multiply_rows(input, transposed=True)
+    return result if bias is None else result + bias.to(result.dtype)
+
+
+def _matmul(left: torch.Tensor, right: torch.Tensor) -> Any:
+    if isinstance(right, RowTarget) and not is_target(left):
+        if _dim(right) == 3:
+            return _stack_product(left, right, transposed=False)
+        return right.multiply_rows(left, transposed=False)
+    if isinstance(left, RowTarget) and not is_target(right):
+        if _dim(left) == 3:
+            return _mirrored(_stack_product(right.mT, left, transposed=True)) if right.dim() >= 2 else NotImplemented
+        if right.dim() == 1:
+            return left.multiply_rows(right, transposed=True)
+        return left.multiply_rows(right.mT, transposed=True).mT
+    return NotImplemented
+
+
+def _rmatmul(right: torch.Tensor, left: torch.Tensor) -> Any:
+    return _matmul(left, right)
+
+
+def _add_product(
+    input: torch.Tensor,  # noqa: A002
+    left: torch.Tensor,
+    right: torch.Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+) -> Any:
+    """`addmm` and `baddbmm`."""
+    result = NotImplemented if is_target(input) else _matmul(left, right)
+    if result is NotImplemented:
+        return result
+    scaled = result if alpha == 1 else result * alpha
+    if beta == 0:  # the input is not read, whatever it holds
+        return scaled
+    return scaled + (input if beta == 1 else input * beta).to(result.dtype)
+
+
+def _grouped_mm(
+    input: torch.Tensor,  # noqa: A002
+    weight: torch.Tensor,
+    *,
+    offs: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Any:
+    """Rows `(T, I)` sorted by matrix, `offs` the end of each matrix's rows; rows beyond the last end give zeros."""
+    if is_target(input) or not isinstance(weight, RowTarget) or offs is None or bias is not None or input.dim() != 2:
+        return NotImplemented
+    ends = [int(end) for end in offs]
+    counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    segments = tuple(Segment(matrix=matrix, rows=count) for matrix, count in enumerate(counts) if count > 0)
+    used = ends[-1] if ends else 0
+    width = weight.shape[-1]
+    if not segments:
+        result = input[:, :1].mul(0).expand(-1, width)
+    else:
+        result = weight.multiply_segments(input[:used], segments, transposed=False)
+        if used < input.shape[0]:
+            result = torch.cat([result, result.new_zeros((input.shape[0] - used, width))])
+    return result if out_dtype is None else result.to(out_dtype)
+
+
+def _stack_product(rows: torch.Tensor, stack: Any, *, transposed: bool) -> Any:
+    """Rows `(E, N, I)`, or `(N, I)` for every matrix alike, times the stack's matrices: `(E, N, O)`."""
+    count = int(stack.shape[0])
+    if rows.dim() == 2:
+        rows = rows.expand(count, *rows.shape)
+    if rows.dim() != 3 or rows.shape[0] not in {1, count}:
+        return NotImplemented
+    rows_ENI = rows.expand(count, -1, -1)
+    each = int(rows_ENI.shape[1])
+    if each == 0:
+        return NotImplemented
+    segments = tuple(Segment(matrix=matrix, rows=each) for matrix in range(count))
+    packed = stack.multiply_segments(rows_ENI.reshape(-1, rows_ENI.shape[-1]), segments, transposed=transposed)
+    return packed.view(count, each, -1)
+
+
+def _mirrored(result: Any) -> Any:
+    return result if result is NotImplemented else result.mT
+
+
+PRODUCTS: dict[Any, Callable[..., Any]] = {
+    F.linear: _linear,
+    torch.matmul: _matmul,
+    torch.mm: _matmul,
+    torch.bmm: _matmul,
+    torch.Tensor.matmul: _matmul,
+    torch.Tensor.mm: _matmul,
+    torch.Tensor.bmm: _matmul,
+    torch.Tensor.__matmul__: _matmul,
+    torch.Tensor.__rmatmul__: _rmatmul,
+    torch.mv: _matmul,
+    torch.Tensor.mv: _matmul,
+    torch.addmm: _add_product,
+    torch.Tensor.addmm: _add_product,
+    torch.baddbmm: _add_product,
+    torch.Tensor.baddbmm: _add_product,
+}
+"""What each public function does with a target; `NotImplemented` where it is no product of rows with one."""
+
+if hasattr(F, "grouped_mm"):  # PyTorch 2.10
+    PRODUCTS[F.grouped_mm] = _grouped_mm
+if hasattr(torch, "_grouped_mm"):
+    PRODUCTS[torch._grouped_mm] = lambda input, weight, offs=None, bias=None, out_dtype=None: _grouped_mm(  # noqa: A006
+        input, weight, offs=offs, bias=bias, out_dtype=out_dtype
+    )

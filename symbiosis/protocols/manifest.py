@@ -32,6 +32,15 @@ class Publish(Enum):
     """Hosted weights too, when a tenant meets an operation that needs their numbers."""
 
 
+class Storage(Enum):
+    """In what a host holds its weights; the same for every tenant."""
+
+    FLOAT = "float"
+    """As they came."""
+    INT8 = "int8"
+    """Eight-bit integers, one scale per output row."""
+
+
 class Orientation(Enum):
     """How a hosted weight is stored."""
 
@@ -52,7 +61,7 @@ class Layer:
     orientation: Orientation
     dtype: str
     digest: str
-    """SHA-256 of the elements as stored, little endian."""
+    """SHA-256 of the elements in `dtype`, little endian; of what they are rounded to where the host rounds them."""
 
     @property
     def in_width(self) -> int:
@@ -102,6 +111,7 @@ class Manifest:
     tensors: tuple[PublishedTensor, ...] = ()
     files: tuple[PublishedFile, ...] = ()
     publish: Publish = Publish.HALF
+    storage: Storage = Storage.FLOAT
     version: int = MANIFEST_VERSION
     _index: dict[str, int] = field(init=False, repr=False, compare=False, default_factory=dict)
 
@@ -184,6 +194,7 @@ class Manifest:
             fields
             | {
                 "publish": self.publish.value,
+                "storage": self.storage.value,
                 "layers": [asdict(layer) | {"orientation": layer.orientation.value} for layer in self.layers],
                 "tensors": [asdict(tensor) for tensor in self.tensors],
                 "files": [asdict(file) for file in self.files],
@@ -217,6 +228,7 @@ class Manifest:
                 base=_text(fields["base"]),
                 architecture=_text(fields["architecture"]),
                 publish=Publish(fields["publish"]),
+                storage=Storage(fields["storage"]),
                 layers=layers,
                 tensors=tensors,
                 files=files,

@@ -17,7 +17,8 @@ import torch
 from symbiosis.errors import HostUnavailableError
 from symbiosis.protocols.messages import Call, Segment
 from symbiosis.server.batching import BatchConfig, BatchKey, choose_batch
-from symbiosis.server.linear import Weight, multiply
+from symbiosis.server.linear import multiply
+from symbiosis.server.weight import Weight
 
 _log = logging.getLogger(__name__)
 

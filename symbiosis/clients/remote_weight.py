@@ -22,8 +22,10 @@ from typing import Any, Protocol, Self
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from symbiosis.clients.row_custody import asked_by
 from symbiosis.clients.row_products import PRODUCTS, RowTarget
 from symbiosis.clients.siblings import Multiplier
+from symbiosis.clients.weight_algebra import ALGEBRA, changed_in_place, has_expression, with_numbers
 from symbiosis.errors import PolicyError, RemoteWeightError
 from symbiosis.protocols.manifest import Layer, Orientation
 from symbiosis.protocols.messages import Direction, Segment
@@ -62,6 +64,9 @@ class RemoteWeight(RowTarget, torch.Tensor):
     _layer: Layer
     _transposed: bool
     _matrix: int | None
+    _is_copy: bool
+    """Whether it came from `clone` and nothing else stands for the same memory."""
+    _spent: bool
 
     @staticmethod
     def __new__(  # noqa: D102 - documented in the class
@@ -81,13 +86,15 @@ class RemoteWeight(RowTarget, torch.Tensor):
         )
         sizes = (*count, *matrix_sizes)
         strides = (*(rows * columns for _ in count), *matrix_strides)
-        weight: RemoteWeight = torch.Tensor._make_wrapper_subclass(
-            cls, sizes, strides=strides, dtype=dtype, device=torch.device(device), requires_grad=False
-        )
+        with torch.inference_mode(False):  # views of a weight that was made before inference mode need a version
+            weight: RemoteWeight = torch.Tensor._make_wrapper_subclass(
+                cls, sizes, strides=strides, dtype=dtype, device=torch.device(device), requires_grad=False
+            )
         weight._source = source
         weight._layer = layer
         weight._transposed = transposed
         weight._matrix = matrix
+        weight._is_copy = weight._spent = False
         # Modules register it as a parameter, and loading code does not wrap it again.
         weight._is_param = True
         return weight
@@ -113,7 +120,25 @@ class RemoteWeight(RowTarget, torch.Tensor):
         direction, dtype = self._direction(transposed), _product_dtype(rows_TI)
         return self._source.multiplier.multiply_stack(rows_TI, self._layer.name, direction, segments, dtype=dtype)
 
+    def numbers(self, reason: object = "an expression") -> torch.Tensor:
+        """See `RowTarget`."""
+        return self._download(reason)
+
+    def stands_for(self, other: RemoteWeight) -> bool:
+        """Whether both are the same weight, seen the same way."""
+        mine, its = ((x._source, x._layer.name, x._transposed, x._matrix, x.dtype) for x in (self, other))
+        return mine == its
+
+    def give_up(self) -> RemoteWeight | None:
+        """See `RowTarget`; only a clone can be given up."""
+        if not self._is_copy:
+            return None
+        heir, self._spent = self._like(), True
+        return heir
+
     def _direction(self, transposed: bool) -> Direction:
+        if self._spent:
+            raise changed_in_place()
         # Stored as (out, in), `rows @ storedᵀ` is the layer's forward; stored as (in, out), `rows @ stored` is.
         stored_transposed = transposed != self._transposed
         is_forward = stored_transposed == (self._layer.orientation is Orientation.OUT_IN)
@@ -129,11 +154,14 @@ class RemoteWeight(RowTarget, torch.Tensor):
     ) -> Any:
         """Rules 1 and 3, at the level of public functions; the rest goes on to `__torch_dispatch__`."""
         kwargs = kwargs or {}
-        handler = PRODUCTS.get(func) or _WRITES.get(func)
-        if handler is not None:
-            result = handler(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
+        for table in (PRODUCTS, _WRITES, ALGEBRA):
+            handler = table.get(func)
+            if handler is not None:
+                result = handler(*args, **kwargs)
+                if result is not NotImplemented:
+                    return result
+        if has_expression(args, kwargs):
+            return with_numbers(func, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -205,6 +233,9 @@ class RemoteWeight(RowTarget, torch.Tensor):
     ) -> RemoteWeight:
         if device is not None and device.type == "meta":
             raise RemoteWeightError(f"{self._layer.name} lives at the host and cannot move to `meta`", _AT_HOST)
+        if self._spent:
+            raise changed_in_place()
+        self._is_copy = False  # what comes now may share its memory
         return RemoteWeight(
             self._source,
             self._layer,
@@ -215,11 +246,14 @@ class RemoteWeight(RowTarget, torch.Tensor):
         )
 
     def _download(self, func: Any) -> torch.Tensor:
+        if self._spent:
+            raise changed_in_place()
         try:
             stored = self._source.download(self._layer.name)
         except PolicyError as error:
             raise RemoteWeightError(
-                f"{func} needs the numbers of {self._layer.name}, which lives at the host", error.next_action + _MERGE
+                f"{func} needs the numbers of {self._layer.name}, which lives at the host{asked_by()}; {_NEVER_SENT}",
+                error.next_action + _MERGE,
             ) from error
         _log.info("%s needs the numbers of %s: downloaded", func, self._layer.name)
         # A copy: what an operation does to a view of it must not change what the next one is given.
@@ -229,6 +263,7 @@ class RemoteWeight(RowTarget, torch.Tensor):
 
 
 _AT_HOST = "Only the host holds its numbers; multiply rows by it, or load the base locally"
+_NEVER_SENT = "they could be computed there, but a tenant's own parameters are never sent"
 _MERGE = ". To merge an adapter, load it on the full base with `PeftModel.from_pretrained` and merge there"
 
 
@@ -253,6 +288,13 @@ def _set_requires_grad(weight: torch.Tensor, requires_grad: bool) -> Any:
 def _set_data(weight: torch.Tensor, value: torch.Tensor) -> Any:
     if isinstance(weight, RemoteWeight) and not is_remote(value):
         raise _written(weight)
+    return NotImplemented
+
+
+def _set_to(weight: torch.Tensor, value: object = None, *_: Any) -> Any:
+    """`set_` to the very same weight, as `nn.utils.parametrize` does, changes nothing."""
+    if isinstance(weight, RemoteWeight) and isinstance(value, RemoteWeight) and weight.stands_for(value):
+        return weight
     return NotImplemented
 
 
@@ -299,6 +341,12 @@ def _same(weight: RemoteWeight, **_: Any) -> RemoteWeight:
     return weight._like()
 
 
+def _clone(weight: RemoteWeight, **_: Any) -> RemoteWeight:
+    was_copy, copy = weight._is_copy, weight._like()
+    weight._is_copy, copy._is_copy = was_copy, True
+    return copy
+
+
 def _transpose(weight: RemoteWeight, first: int = 0, second: int = 1) -> Any:
     ends = {first % weight.dim(), second % weight.dim()}
     if len(ends) == 2 and ends != {weight.dim() - 2, weight.dim() - 1}:
@@ -333,13 +381,14 @@ _WRITES: dict[Any, Callable[..., Any]] = {
 _MOVES: dict[Any, Callable[..., Any]] = {
     _aten.detach.default: _same,
     _aten.alias.default: _same,
-    _aten.clone.default: _same,
+    _aten.clone.default: _clone,
     _aten.lift_fresh.default: _same,
     _aten._to_copy.default: _to_copy,
     _aten.t.default: _transpose,
     _aten.transpose.int: _transpose,
     _aten.permute.default: _permute,
     _aten.select.int: _select,
+    _aten.set_.source_Tensor: _set_to,
 }
 _FACTORIES = {
     _aten.empty_like.default,

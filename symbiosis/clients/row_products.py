@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from symbiosis.clients.row_custody import HeldElsewhere, are_activations
 from symbiosis.protocols.messages import Segment
 
 
-class RowTarget:
+class RowTarget(HeldElsewhere):
     """A weight that rows can be multiplied by: one matrix, or a stack of them (three dimensions)."""
 
     def multiply_rows(self, rows: torch.Tensor, *, transposed: bool) -> torch.Tensor:
@@ -27,6 +28,18 @@ class RowTarget:
     ) -> torch.Tensor:
         """`(T, O)`: each segment's rows times its matrix (transposed). For a stack."""
         raise TypeError(f"{type(self).__name__} has no product with rows of many matrices")
+
+    def numbers(self, reason: object = "the algebra of weights") -> torch.Tensor:
+        """The numbers, downloaded where the host's policy allows it; `reason` says what needs them.
+
+        Raises:
+            RemoteWeightError: it does not.
+        """
+        raise TypeError(f"{type(self).__name__} has no numbers")
+
+    def give_up(self) -> RowTarget | None:
+        """Refuse every later use, and give what stands for the weight now; `None` where a view may share its memory."""
+        return None
 
 
 def is_target(tensor: object) -> bool:
@@ -41,22 +54,31 @@ def _dim(target: Any) -> int:
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:  # noqa: A002
     if is_target(input) or is_target(bias) or not isinstance(weight, RowTarget) or _dim(weight) != 2:
         return NotImplemented
+    if not are_activations(input):
+        return NotImplemented
     result = weight.multiply_rows(input, transposed=True)
     return result if bias is None else result + bias.to(result.dtype)
 
 
 def _matmul(left: torch.Tensor, right: torch.Tensor) -> Any:
-    if isinstance(right, RowTarget) and not is_target(left):
+    if is_target(left) and is_target(right):
+        return NotImplemented
+    if isinstance(right, RowTarget) and are_activations(left, stack=_dim(right) == 3):
         if _dim(right) == 3:
             return _stack_product(left, right, transposed=False)
         return right.multiply_rows(left, transposed=False)
-    if isinstance(left, RowTarget) and not is_target(right):
-        if _dim(left) == 3:
-            return _mirrored(_stack_product(right.mT, left, transposed=True)) if right.dim() >= 2 else NotImplemented
-        if right.dim() == 1:
-            return left.multiply_rows(right, transposed=True)
-        return left.multiply_rows(right.mT, transposed=True).mT
+    if isinstance(left, RowTarget) and are_activations(right, stack=_dim(left) == 3):
+        return _target_first(left, right)
     return NotImplemented
+
+
+def _target_first(target: RowTarget, columns: torch.Tensor) -> Any:
+    """A weight times columns: the same as rows times its transpose, transposed."""
+    if _dim(target) == 3:
+        return _mirrored(_stack_product(columns.mT, target, transposed=True)) if columns.dim() > 1 else NotImplemented
+    if columns.dim() == 1:
+        return target.multiply_rows(columns, transposed=True)
+    return target.multiply_rows(columns.mT, transposed=True).mT
 
 
 def _rmatmul(right: torch.Tensor, left: torch.Tensor) -> Any:
@@ -91,6 +113,8 @@ def _grouped_mm(
 ) -> Any:
     """Rows `(T, I)` sorted by matrix, `offs` the end of each matrix's rows; rows beyond the last end give zeros."""
     if is_target(input) or not isinstance(weight, RowTarget) or offs is None or bias is not None or input.dim() != 2:
+        return NotImplemented
+    if not are_activations(input, stack=True):
         return NotImplemented
     ends = [int(end) for end in offs]
     counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]

@@ -1,11 +1,12 @@
 """Which parameters of a model live at the host: the linear layers of its blocks. The rest is the tenant's half.
 
-Three rules, numbered where they are applied:
+Four rules, numbered where they are applied:
 
 1. weights of `nn.Linear` and `Conv1D` (GPT-2) modules, with two dimensions, and the stacks of matrices, with three, of
    modules that hold a mixture's experts;
 2. only inside a repeated block: a component of the module's path is a number, as in `model.layers.0.self_attn.q_proj`;
-3. never the input or output embeddings, nor a tensor that is tied to one.
+3. never the input or output embeddings, nor a tensor that is tied to one;
+4. a weight that several modules share has one name, the one that the library saves it under.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ if TYPE_CHECKING:
 
 def hosted_parameters(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter, Orientation]]:
     """Name, parameter and orientation of every weight that a host holds of `model`, in the model's own order."""
-    embeddings = _embedding_parameters(model)
+    left_out = _embedding_parameters(model)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     for path, module in model.named_modules():
         if not any(part.isdigit() for part in path.split(".")):  # rule 2
             continue
         for name, parameter, orientation in _candidates(path, module):  # rule 1
-            if id(parameter) not in embeddings:  # rule 3
-                yield f"{path}.{name}", parameter, orientation
+            full_name = f"{path}.{name}"
+            if id(parameter) not in left_out and full_name not in tied:  # rules 3 and 4
+                left_out.add(id(parameter))
+                yield full_name, parameter, orientation
 
 
 def _candidates(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Orientation]]:

@@ -1,7 +1,7 @@
 """Custody: no private number leaves in any spelling, and the gate stops whatever breaks a rule.
 
-What leaves is taken where it arrives: at the host, behind TLS, byte by byte. Every search has a control that plants what it
-looks for, so that an empty result means something.
+What leaves is taken where it arrives: at the host, behind TLS, byte by byte. Every search has a control that plants
+what it looks for, so that an empty result means something.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from conftest import Enrol, Join, OpenBase, Serve
@@ -28,7 +30,6 @@ from symbiosis.errors import (
     DtypeError,
     LedgerError,
     NonFiniteError,
-    ProtocolError,
     ShapeError,
     SymbiosisError,
     TranscriptError,
@@ -74,22 +75,47 @@ class TappedService(Service):
 # --- searching
 
 
-def spellings(secret: torch.Tensor, *, scales: tuple[float, ...] = (1.0, -1.0, 2.0, 0.5)) -> Iterator[bytes]:
-    """Runs of `PIECE` numbers of a secret: along rows and columns, in every dtype of the wire, scaled."""
+SCALES = (1.0, -1.0, 2.0, 0.5)  # LoRA's own scale is 2
+
+
+def spellings(secret: torch.Tensor) -> Iterator[npt.NDArray[np.uint8]]:
+    """Runs of `PIECE` numbers of a secret as bytes, one run per row: along rows and columns, in every dtype, scaled."""
     wide = secret.detach().double()
     for view in (wide, wide.T) if wide.dim() == 2 else (wide[None],):
         runs = view.unfold(-1, PIECE, PIECE).reshape(-1, PIECE)
-        for scale in scales:
+        for scale in SCALES:
             for dtype in HALVES:
-                for run in (runs * scale).to(dtype).unique(dim=0):
-                    # Runs of one number, such as zeros, are in every buffer and say nothing.
-                    if run.unique().numel() == PIECE:
-                        yield run.contiguous().view(torch.uint8).numpy().tobytes()
+                spelled = (runs * scale).to(dtype)
+                # Runs with a number twice, such as zeros, are in many buffers and say nothing.
+                telling = (spelled.sort(dim=-1).values.diff(dim=-1) != 0).all(dim=-1)
+                yield spelled[telling].contiguous().view(torch.uint8).numpy()
 
 
-def found(secret: torch.Tensor, haystack: bytes) -> int:
+class Haystack:
+    """Bytes in which many needles are looked for at once.
+
+    Args:
+        data: what left.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        windows = np.lib.stride_tricks.sliding_window_view(np.frombuffer(data, np.uint8), 8)
+        self._starts = np.unique(np.ascontiguousarray(windows).view(np.uint64))
+
+    def count(self, needles: npt.NDArray[np.uint8]) -> int:
+        """How many of the needles, one per row and at least 8 bytes each, are there."""
+        starts = np.ascontiguousarray(needles[:, :8]).view(np.uint64)[:, 0]
+        places = np.searchsorted(self._starts, starts).clip(max=len(self._starts) - 1)
+        likely = needles[self._starts[places] == starts]
+        return sum(needle.tobytes() in self.data for needle in likely)
+
+
+def found(secret: torch.Tensor, haystack: Haystack | bytes) -> int:
     """How many spellings of a secret are in what left."""
-    return sum(haystack.find(spelling) >= 0 for spelling in spellings(secret))
+    if isinstance(haystack, bytes):
+        haystack = Haystack(haystack)
+    return sum(haystack.count(needles) for needles in spellings(secret))
 
 
 def token_spellings(tokens: list[int]) -> Iterator[bytes]:
@@ -187,11 +213,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 
 def plant(model: torch.nn.Module) -> None:
-    """Give every adapter matrix numbers that nothing else has."""
+    """Give every adapter matrix numbers of its own, the zeros of a fresh LoRA included."""
+    generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
-        for number, parameter in enumerate(p for name, p in model.named_parameters() if "lora_" in name):
-            pattern = torch.arange(1, parameter.numel() + 1).reshape(parameter.shape)
-            parameter.copy_(0.03 * torch.sin(pattern * 0.7853 + number))
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.rand(parameter.shape, generator=generator) * 0.1)
 
 
 def test_the_run_trains(run: Run) -> None:
@@ -225,13 +252,15 @@ def test_every_call_is_in_the_ledger_by_its_digest(run: Run) -> None:
 
 def test_no_private_number_left(run: Run) -> None:
     assert len(run.secrets) > 80
-    leaks = {name: count for name, value in run.secrets.items() if (count := found(value, run.left))}
+    left = Haystack(run.left)
+    leaks = {name: count for name, value in run.secrets.items() if (count := found(value, left))}
     assert leaks == {}
 
 
 def test_no_gradient_of_a_parameter_left(run: Run) -> None:
     assert len(run.gradients) > 60
-    leaks = {name: count for name, value in run.gradients.items() if (count := found(value, run.left))}
+    left = Haystack(run.left)
+    leaks = {name: count for name, value in run.gradients.items() if (count := found(value, left))}
     assert leaks == {}
 
 
@@ -240,9 +269,9 @@ def test_the_search_finds_what_is_there(run: Run) -> None:
     for number, (name, value) in enumerate({**run.secrets, **run.gradients}.items()):
         if value.dim() != 2:
             continue
-        dtype, scale = HALVES[number % len(HALVES)], (1.0, -1.0, 2.0, 0.5)[number // 3 % 4]
-        row = ((value.T if number % 2 else value).double() * scale).to(dtype)[0].contiguous()
-        planted = run.left[:501] + row.view(torch.uint8).numpy().tobytes() + run.left[501:900]
+        dtype, scale = HALVES[number % len(HALVES)], SCALES[number // 3 % len(SCALES)]
+        spelled = ((value.T if number % 2 else value).double() * scale).to(dtype).contiguous()
+        planted = run.left[:501] + spelled.view(torch.uint8).numpy().tobytes() + run.left[501:900]
         assert found(value, planted), name
 
 
@@ -354,7 +383,7 @@ def door(tmp_path: Path) -> Iterator[Door]:
 
 
 @contextmanager
-def stopped(door: Door, error: type[SymbiosisError], match: str = "") -> Iterator[None]:
+def stopped(door: Door, error: type[SymbiosisError], match: str | None = None) -> Iterator[None]:
     """Something is refused, and nothing has left."""
     before = door.state()
     with pytest.raises(error, match=match):
@@ -444,7 +473,6 @@ class Careless(Plaintext):
 MISFITS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], type[SymbiosisError]]] = {
     "wider rows": (lambda rows: torch.cat([rows, rows[:, :1]], dim=1), ShapeError),
     "narrower rows": (lambda rows: rows[:, 1:].contiguous(), ShapeError),
-    "rows of a matrix": (lambda rows: rows[0], SymbiosisError),
     "no rows": (lambda rows: rows[:0], ShapeError),
     "NaN": (lambda rows: rows * torch.nan, NonFiniteError),
     "infinity": (lambda rows: rows / 0, NonFiniteError),
@@ -461,9 +489,9 @@ def test_rule_2_rows_agree_with_the_manifest(door: Door, name: str) -> None:
 
 
 def test_rule_2_layers_agree_with_the_manifest(door: Door) -> None:
-    for layers, error in (((14,), UnknownLayerError), ((-1,), ProtocolError), ((), UnknownLayerError)):
-        with stopped(door, error):
-            admit(door, a_call(1, layers=layers), encoded=encode_request(a_call()))
+    for number, layers in enumerate([(14,), (-1,), ()], start=1):
+        with stopped(door, UnknownLayerError):
+            admit(door, a_call(number, layers=layers), encoded=encode_request(a_call()))
     with stopped(door, ShapeError):
         admit(door, a_call(7, layers=(0, 6)))  # q and down take rows of two widths
     with stopped(door, UnknownLayerError):
@@ -489,7 +517,9 @@ SECRET = b"sixteen secret b"
         {"payload": memoryview(torch.ones(2, 32).numpy()).cast("B")[:-1]},
         {"payload": memoryview(torch.ones(2, 33).numpy()).cast("B")},
         {"payload": memoryview(b"")},
-        {"header": encode_request(a_call()).header + b"\xfa\x07\x10" + SECRET},  # an unknown field, which protobuf skips
+        {
+            "header": encode_request(a_call()).header + b"\xfa\x07\x10" + SECRET
+        },  # an unknown field, which protobuf skips
         {"header": encode_request(a_call(2)).header},
         {"header": b""},
     ],

@@ -96,6 +96,8 @@ REFUSED: dict[str, Handler] = {
     "an array": answer(metrics=ArrayRecord([NUMBERS])),
     "an array beside metrics": answer(metrics=metrics(loss_train=1.0), adapter=ArrayRecord([NUMBERS])),
     "an array behind an empty name": answer(**{"": ArrayRecord([NUMBERS])}),
+    "the adapter's path": answer(metrics=ConfigRecord({"adapter": f"/home/{SECRET}/adapter"})),
+    "the adapter's path and digest": answer(tenant=ConfigRecord({"adapter": f"/home/{SECRET}", "digest": "0" * 64})),
     "bytes under another name": answer(metrics=ConfigRecord({"adapter": NUMBERS.tobytes()})),
     "bytes under the name of a scalar": answer(metrics=ConfigRecord({"loss-train": NUMBERS.tobytes()})),
     "bytes that are no request": answer(enrolment=ConfigRecord({"csr": SECRET.encode()})),

@@ -76,6 +76,7 @@ class InProcessGrid(Grid):
         self._replies: dict[str, Message] = {}
         self._numbers = itertools.count(1)
         self.pushed: list[Message] = []
+        self.answered: list[Message] = []
         configs = node_configs or [{"partition-id": i, "num-partitions": len(apps)} for i in range(len(apps))]
         self.contexts = [
             Context(run_id=1, node_id=FIRST_NODE + i, node_config=config, state=RecordDict(), run_config=dict(settings))
@@ -107,6 +108,7 @@ class InProcessGrid(Grid):
                 continue
             reply = self._apps[place](_over_the_wire(message), self.contexts[place])
             self._replies[number] = _over_the_wire(reply)
+            self.answered.append(reply)
         return numbers
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
@@ -299,6 +301,9 @@ def assert_flower_keeps_a_path_and_a_digest(grid: InProcessGrid, homes: list[Pat
         }
         seen = context_to_proto(context).SerializeToString()
         seen += b"".join(message_to_proto(message).SerializeToString() for message in grid.pushed)
+        answers = b"".join(message_to_proto(message).SerializeToString() for message in grid.answered)
+        assert str(home).encode() not in answers
+        seen += answers
         key = (home / "identity" / "tenant.key").read_text(encoding="ascii").splitlines()[1:-1]
         assert all(line.encode() not in seen for line in key)
         for tensor in load_file(home / "adapter" / "adapter_model.safetensors").values():

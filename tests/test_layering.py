@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ MAY_IMPORT = {
     "simulations": {"errors", "protocols", "privacy", "clients", "server"},
     "cli": {"errors", "protocols", "privacy", "clients", "server", "simulations"},
 }
+MODULE = re.compile(r"symbiosis(\.\w+)+")
 FORBIDDEN_CALLS = {"eval", "exec", "__import__"}
 FORBIDDEN_MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 
@@ -37,7 +39,7 @@ def module_name(path: Path) -> str:
 
 def part_of(module: str) -> str:
     """The component of DESIGN.md that a module belongs to; empty for the package itself."""
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def imported(tree: ast.AST, path: Path) -> Iterator[tuple[int, str]]:
@@ -52,10 +54,9 @@ def imported(tree: ast.AST, path: Path) -> Iterator[tuple[int, str]]:
             start = package[: len(package) + 1 - node.level] if node.level else []
             module = ".".join(start + ([node.module] if node.module else []))
             yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("symbiosis."):
+        elif isinstance(node, ast.Constant) and MODULE.fullmatch(str(node.value)):
             # Lazily loaded homes are strings: `importlib.import_module("symbiosis.clients.base")`.
-            if node.value.replace(".", "").replace("_", "").isalnum():
-                yield node.lineno, node.value
+            yield node.lineno, str(node.value)
 
 
 def breaches(source: str, path: Path) -> list[str]:

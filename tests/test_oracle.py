@@ -48,6 +48,12 @@ from symbiosis.clients import is_remote
 from symbiosis.clients.base import Base
 from symbiosis.privacy import read_transcript
 
+pytestmark = [
+    # Names that transformers 5 renames and that PEFT and Trainer still use; and what PEFT sets right by itself.
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),
+]
+
 FP32 = 1e-5  # DESIGN: "equal to the local PEFT run within 1e-5 relative"
 FP64 = 1e-12
 TRANSPORTS = ("inprocess", "grpc")
@@ -122,7 +128,7 @@ def test_adapter_gradients(pair: Pair) -> None:
         split_loss, split = train_once(split_model, batch)
         assert relative_error(split_loss, loss) < FP32
         assert worst_error(split, local) < FP32
-        assert worst_error(split, exact) < 4 * FP32  # the local run itself is up to 2e-5 from float64
+        assert worst_error(split, exact) < FP32
         assert max(map(float, (grad.abs().max() for grad in split.values()))) > 1e-3
 
 
@@ -471,7 +477,7 @@ def test_siblings_travel_together(open_base: OpenBase, tmp_path: Path) -> None:
     assert groups(lambda: model(**batch)) == forward
     # Nothing below the first adapter needs a gradient, so that the first block's q, k and v have no backward call.
     backward = [("backward", group) for group in reversed(FORWARD[1:])]
-    assert groups(lambda: model(**batch).loss.backward()) == forward + backward
+    assert groups(lambda: train_once(model, batch)) == forward + backward
     with torch.no_grad():
         assert groups(lambda: model(**batch)) == forward
     one = {name: tensor[:1, :1] for name, tensor in batch.items()}
@@ -655,7 +661,7 @@ def in_threads(work: Callable[[int], None], count: int = 2) -> None:
         try:
             barrier.wait()
             work(number)
-        except BaseException as error:  # noqa: BLE001 - handed to the test
+        except BaseException as error:
             failures.append(error)
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]

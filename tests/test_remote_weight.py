@@ -311,7 +311,7 @@ def test_training_it(linear: Hosted) -> None:
     weight = linear.weight
     for attempt in (
         lambda: weight.requires_grad_(True),
-        lambda: weight.requires_grad_(),
+        weight.requires_grad_,
         lambda: setattr(weight, "requires_grad", True),
         lambda: linear.model.requires_grad_(True),
         lambda: nn.Parameter(weight),
@@ -386,7 +386,7 @@ NEEDS_NUMBERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @pytest.mark.parametrize("name", NEEDS_NUMBERS)
 def test_its_numbers_are_not_published(linear: Hosted, name: str) -> None:
-    with pytest.raises(RemoteWeightError, match="needs the numbers|lives at the host") as caught:
+    with pytest.raises(RemoteWeightError, match="which lives at the host") as caught:
         NEEDS_NUMBERS[name](linear.weight)
     assert OUT_IN in caught.value.message
     assert "--publish all" in caught.value.next_action

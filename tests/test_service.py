@@ -55,7 +55,7 @@ from symbiosis.protocols.limits import MAX_CHUNK_BYTES, MAX_GROUP_LAYERS, MAX_ME
 from symbiosis.protocols.manifest import Manifest, Orientation, Publish
 from symbiosis.protocols.messages import Answer, Blob, BlobKind, Call, Direction, Fetch, Hello, Welcome
 from symbiosis.protocols.status import Refusal
-from symbiosis.server.base import HostedBase, host_model
+from symbiosis.server.base import host_model
 from symbiosis.server.host import Host
 from symbiosis.server.service import Service, ServiceConfig
 
@@ -197,8 +197,10 @@ def test_a_certificate_that_has_expired(
     authority = Authority.create(now=lambda: yesterday)
     late = expired(authority, tmp_path)
     address = serve(model, by=Authority.load(tmp_path / "authority")).address
-    with quickly(), pytest.raises(CertificateError, match="this tenant's certificate has expired") as caught, session(
-        address, late, tmp_path
+    with (
+        quickly(),
+        pytest.raises(CertificateError, match="this tenant's certificate has expired") as caught,
+        session(address, late, tmp_path),
     ):
         pass
     assert "Enrol again" in caught.value.next_action
@@ -237,16 +239,21 @@ def test_no_certificate_at_all(service: Service, authority: Authority, enrol: En
 def test_a_certificate_that_expires_during_a_session(
     service: Service, enrol: Enrol, join: Join, model: PreTrainedModel
 ) -> None:
-    base = join(service.address, enrol("acme", lifetime=timedelta(seconds=3)))
-    answered = 0
     started_s = time.monotonic()
-    with pytest.raises(CertificateError, match="expired") as caught:
+    base = join(service.address, enrol("acme", lifetime=timedelta(seconds=4)))
+    answered = 0
+
+    def work_on() -> None:
+        nonlocal answered
         while time.monotonic() - started_s < ANSWER_S:
             answered += works(base, model)
+
+    with pytest.raises(CertificateError, match="expired") as caught:
+        work_on()
     assert answered > 0
     assert "Enrol again" in caught.value.next_action
-    # Certificates count whole seconds: it ends within the second after the third.
-    assert time.monotonic() - started_s < 5
+    # Certificates count whole seconds, so that it may end in the second before; the first refusal is at most one late.
+    assert 3 < time.monotonic() - started_s < 5
 
 
 # --- hosts that a tenant does not accept
@@ -269,7 +276,7 @@ def test_a_hosts_certificate_for_another_dns_name(
 def test_a_host_of_another_authority(
     serve: Serve, enrol: Enrol, join: Join, model: PreTrainedModel, foreign: Authority
 ) -> None:
-    with quickly(), pytest.raises(CertificateError, match="not signed by the authority in ca.pem"):
+    with quickly(), pytest.raises(CertificateError, match=r"not signed by the authority in ca\.pem"):
         join(serve(model, by=foreign).address, enrol("acme"))
 
 
@@ -304,27 +311,29 @@ def tls_stream(address: str, identity: Path, version: ssl.TLSVersion) -> tuple[s
     context.minimum_version = context.maximum_version = version
     context.set_alpn_protocols(["h2"])
     host, port = address.split(":")
-    with socket.create_connection((host, int(port)), timeout=ANSWER_S) as raw:
-        with context.wrap_socket(raw, server_hostname=host) as tls:
-            http = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding=None))
-            http.initiate_connection()
-            headers = [(":method", "POST"), (":scheme", "https"), (":path", METHOD), (":authority", address)]
-            http.send_headers(1, [*headers, ("te", "trailers"), ("content-type", "application/grpc")])
-            hello = pb.RequestHeader(hello=pb.Hello(protocol=1, release="h2", session=bytes(16))).SerializeToString()
-            message = len(hello).to_bytes(4, "little") + hello
-            http.send_data(1, b"\0" + len(message).to_bytes(4, "big") + message, end_stream=True)
+    with (
+        socket.create_connection((host, int(port)), timeout=ANSWER_S) as raw,
+        context.wrap_socket(raw, server_hostname=host) as tls,
+    ):
+        http = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding=None))
+        http.initiate_connection()
+        headers = [(":method", "POST"), (":scheme", "https"), (":path", METHOD), (":authority", address)]
+        http.send_headers(1, [*headers, ("te", "trailers"), ("content-type", "application/grpc")])
+        hello = pb.RequestHeader(hello=pb.Hello(protocol=1, release="h2", session=bytes(16))).SerializeToString()
+        message = frame(hello)
+        http.send_data(1, b"\0" + len(message).to_bytes(4, "big") + message, end_stream=True)
+        tls.sendall(http.data_to_send())
+        ended, data = dict[bytes, bytes](), b""
+        while received := tls.recv(65536):
+            for event in http.receive_data(received):
+                if isinstance(event, h2.events.ResponseReceived | h2.events.TrailersReceived):
+                    ended |= {bytes(name): bytes(value) for name, value in event.headers or ()}
+                if isinstance(event, h2.events.DataReceived):
+                    data += event.data or b""
+                if isinstance(event, h2.events.StreamEnded):
+                    return tls.version(), ended, data
             tls.sendall(http.data_to_send())
-            ended, data = dict[bytes, bytes](), b""
-            while received := tls.recv(65536):
-                for event in http.receive_data(received):
-                    if isinstance(event, h2.events.ResponseReceived | h2.events.TrailersReceived):
-                        ended |= {bytes(name): bytes(value) for name, value in event.headers or ()}
-                    if isinstance(event, h2.events.DataReceived):
-                        data += event.data or b""
-                    if isinstance(event, h2.events.StreamEnded):
-                        return tls.version(), ended, data
-                tls.sendall(http.data_to_send())
-            return tls.version(), ended, data
+        return tls.version(), ended, data
 
 
 def test_tls_1_2_is_refused_before_the_first_message(service: Service, enrol: Enrol) -> None:
@@ -350,7 +359,9 @@ def frame(header: bytes, payload: bytes = b"") -> bytes:
     return len(header).to_bytes(4, "little") + header + payload
 
 
-def call_chunk(rows: int = 2, width: int = 48, *, layer: int = 13, payload: bytes | None = None, **changes: Any) -> bytes:
+def call_chunk(
+    rows: int = 2, width: int = 48, *, layer: int = 13, payload: bytes | None = None, **changes: Any
+) -> bytes:
     """A call by hand; layer 13 is `WEIGHT`."""
     data = bytes(rows * width * 4) if payload is None else payload
     fields = {"number": 7, "layers": [layer], "direction": 1, "dtype": 1, "rows": rows, "width": width}
@@ -563,7 +574,7 @@ def test_a_host_that_does_not_answer_in_time(serve: Serve, enrol: Enrol, join: J
         base = join(service.address, enrol("acme"), reply_timeout_s=0.5)
         try:
             started_s = time.monotonic()
-            with pytest.raises(HostUnavailableError, match="did not answer within 0.5 s"):
+            with pytest.raises(HostUnavailableError, match=r"did not answer within 0\.5 s"):
                 works(base, model)
             assert 0.5 <= time.monotonic() - started_s < 5
             with quickly(), pytest.raises(HostUnavailableError, match="closed"):
@@ -623,10 +634,6 @@ def test_a_host_that_lies(name: str, serve: Serve, enrol: Enrol, join: Join, mod
         with quickly(), pytest.raises(SymbiosisError) as caught:
             works(join(address, enrol("acme")), model)
     assert str(caught.value).isprintable()
-
-
-def with_manifest(hosted: HostedBase, **changes: Any) -> HostedBase:
-    return dataclasses.replace(hosted, manifest=dataclasses.replace(hosted.manifest, **changes))
 
 
 def test_a_host_that_sends_another_tensor_than_it_announced(
@@ -702,7 +709,7 @@ def test_an_identity_that_is_not_there(tmp_path: Path) -> None:
         connect("127.0.0.1:1", identity=tmp_path / "nobody")
     assert "symbiosis join" in caught.value.next_action
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CertificateError, match="tenant.key"):
+    with pytest.raises(CertificateError, match=r"tenant\.key"):
         connect("127.0.0.1:1", identity=tmp_path / "empty")
 
 
@@ -744,7 +751,6 @@ def test_a_connection_that_failed_leaves_nothing_behind(
     folder.mkdir()
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    threads = threading.active_count()
     with pytest.raises(HostUnavailableError):
         join(f"127.0.0.1:{port}", identity, record=folder, ledger=ledger)
     # The same arguments can be used again at once.
@@ -752,7 +758,10 @@ def test_a_connection_that_failed_leaves_nothing_behind(
     assert works(base, model)
     assert len(list(read_transcript(folder))) == 1
     base.close()
-    assert threading.active_count() <= threads + 1
+    for thread in threading.enumerate():
+        if thread.name == "symbiosis-watchdog":
+            thread.join(10)
+            assert not thread.is_alive()
 
 
 # --- recordings

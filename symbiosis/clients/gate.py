@@ -156,8 +156,8 @@ def _check_fetch(fetch: Fetch, manifest: Manifest | None) -> None:
 
 
 def _published_tensors(manifest: Manifest) -> set[str]:
-    hosted = manifest.layers if manifest.publish is Publish.ALL else ()
-    return {entry.name for entry in (*manifest.tensors, *hosted)}
+    hosted = {layer.name for layer in manifest.layers} if manifest.publish is Publish.ALL else set()
+    return {tensor.name for tensor in manifest.tensors} | hosted
 
 
 def _check_encoding(request: Request, encoded: Encoded) -> None:

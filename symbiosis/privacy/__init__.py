@@ -1,9 +1,31 @@
 """How rows are hidden, what left (the ledger), and how both are checked.
 
-from symbiosis.privacy import read_transcript
+    from symbiosis.privacy import read_transcript
+
+Names are loaded when they are first used, so that checking a ledger does not load torch.
 """
 
-from symbiosis.privacy.mechanism import Mechanism, Plaintext
-from symbiosis.privacy.transcript import RecordedFrame, Transcript, read_transcript
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from symbiosis.privacy.mechanism import Mechanism, Plaintext
+    from symbiosis.privacy.transcript import RecordedFrame, Transcript, read_transcript
 
 __all__ = ["Mechanism", "Plaintext", "RecordedFrame", "Transcript", "read_transcript"]
+
+_HOMES = {
+    "Mechanism": "symbiosis.privacy.mechanism",
+    "Plaintext": "symbiosis.privacy.mechanism",
+    "RecordedFrame": "symbiosis.privacy.transcript",
+    "Transcript": "symbiosis.privacy.transcript",
+    "read_transcript": "symbiosis.privacy.transcript",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -13,10 +13,12 @@ class EventLog:
     """Appends events to a file, one JSON object per line, and keeps quiet where there is none.
 
     Args:
-        path: the file, or `None`.
+        path: the file, whose directory is made if need be, or `None`.
     """
 
     def __init__(self, path: Path | None) -> None:
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8") if path is not None else None
 
     def write(self, event: str, **fields: Any) -> None:

@@ -241,24 +241,31 @@ def _toml(value: Any) -> str:
 
 
 def _end(superlink: subprocess.Popen[bytes], mark: str) -> None:
-    """End the SuperLink, then whatever else is its descendant or carries the run's mark."""
-    family: list[psutil.Process] = []
+    """End the SuperLink, and whatever else is its descendant or carries the run's mark."""
+    family: set[psutil.Process] = set()
     if superlink.poll() is None:
         with contextlib.suppress(psutil.Error):
-            family = psutil.Process(superlink.pid).children(recursive=True)
+            family = {*psutil.Process(superlink.pid).children(recursive=True)}
         superlink.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            superlink.wait(timeout=5)
-    left = list({*family, *_marked(mark)})
+    left = [*family.union(_marked(mark))]
     for process in left:
         with contextlib.suppress(psutil.Error):
             process.terminate()
-    _, alive = psutil.wait_procs(left, timeout=5)
-    for process in {*alive, *_marked(mark)}:
+    due_s = time.monotonic() + 5
+    while (left := [process for process in left if _lives(process)]) and time.monotonic() < due_s:
+        _, left = psutil.wait_procs(left, timeout=0.2)
+    for process in {*left, *_marked(mark)}:
         with contextlib.suppress(psutil.Error):
             process.kill()
     with contextlib.suppress(subprocess.TimeoutExpired):
         superlink.wait(timeout=5)
+
+
+def _lives(process: psutil.Process) -> bool:
+    """Whether it runs; a zombie does not, though a container's first process may never bury it."""
+    with contextlib.suppress(psutil.Error):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def _marked(mark: str) -> list[psutil.Process]:

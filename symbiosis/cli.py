@@ -127,6 +127,7 @@ def simulate(  # one option per setting; Typer reads them from the signature
     ] = "",
     out: Annotated[Path | None, typer.Option(help="Directory for everything; by default a new one in runs/.")] = None,
     control: Annotated[bool, typer.Option(help="Train on an ordinary local model too, and compare.")] = True,
+    weights: Annotated[str, typer.Option(help="How the host holds the base: float, or int8.")] = "float",
     json_: Json = False,
 ) -> None:
     """Run the main job: tenants fine-tune privately against one hosted base, run by Flower."""
@@ -142,6 +143,7 @@ def simulate(  # one option per setting; Typer reads them from the signature
         corpora=corpora,
         training=TrainingConfig(rounds=rounds, steps_per_round=steps),
         control=control,
+        weights=_storage(weights),
     )
     with Display(_console, config) as display:
         result = run_simulation(config, report=display.show)
@@ -291,6 +293,7 @@ def host_serve(
     ] = None,
     publish: Annotated[str, typer.Option(help="What tenants may fetch: nothing, half or all.")] = "half",
     dtype: Annotated[str, typer.Option(help="dtype of the hosted weights; auto keeps the file's.")] = "auto",
+    weights: Annotated[str, typer.Option(help="How they are held: float, or int8 with a scale per row.")] = "float",
     threads: Annotated[int, typer.Option(help="Threads of one product; 0 lets PyTorch choose.")] = 0,
     json_: Json = False,
 ) -> None:
@@ -308,7 +311,7 @@ def host_serve(
     config = ServiceConfig(address=listen)
     names = name or sorted({config.host, "127.0.0.1", "localhost"} - {"0.0.0.0", "::"})  # noqa: S104
     credentials = Authority.load(state).issue_host(names)
-    hosted = load_base(resolve_base(base), dtype=dtype, publish=_policy(publish))
+    hosted = load_base(resolve_base(base), dtype=dtype, publish=_policy(publish), storage=_storage(weights))
     with Host(hosted) as host, Service(host, credentials, config) as service, contextlib.suppress(KeyboardInterrupt):
         manifest = hosted.manifest
         _console.print(f"Serving {manifest.base}: {len(manifest.layers)} layers on {service.address} (Ctrl-C ends it)")
@@ -447,6 +450,16 @@ def _write(text: str) -> None:
 
 def _ignore(_: str) -> None:
     pass
+
+
+def _storage(name: str) -> Any:
+    from symbiosis.protocols.manifest import Storage  # noqa: PLC0415
+
+    try:
+        return Storage(name)
+    except ValueError:
+        names = ", ".join(storage.value for storage in Storage)
+        raise ConfigurationError(f"weights cannot be held as {name!r}", f"Choose one of {names}") from None
 
 
 def _policy(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -16,11 +17,13 @@ import pytest
 import torch
 from commands import COMMAND, NO_NETWORK, Done, environment, symbiosis
 from conftest import OpenBase
+from oracles import worst_error
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from symbiosis import cli
+from symbiosis.clients.finetune import prepare
 from symbiosis.clients.finetune_config import FineTuneConfig
 from symbiosis.clients.finetune_data import Format, read_examples
 from symbiosis.clients.generation import Writer
@@ -43,6 +46,7 @@ ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
         "completion": [{"role": "assistant", "content": f"return a + {i}"}],
     },
 }
+DOCUMENT = Path(__file__).parent.parent / "docs" / "train.md"
 TRAINING = {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "max_length": 48}
 
 
@@ -227,11 +231,14 @@ def test_resuming_gives_what_an_uninterrupted_run_gives(tmp_path: Path, here: Pa
     assert resumed.code == 0, resumed.err
     found = resumed.json
     assert 2 <= found["resumed_from"] < 9
-    for name in ("losses", "losses_held_out", "loss_before", "loss_after", "steps"):
-        assert found[name] == truth[name], name
+    # A new process learns anew which weights share a call, and a product of other size rounds otherwise.
+    for name in ("losses", "losses_held_out"):
+        assert torch.tensor(found[name]).allclose(torch.tensor(truth[name]), rtol=1e-5), name
+    assert (found["loss_before"], found["steps"]) == (truth["loss_before"], truth["steps"])
+    assert found["loss_after"] == pytest.approx(truth["loss_after"], rel=1e-5)
     mine, theirs = (load_file(folder / "out" / "adapter_model.safetensors") for folder in (whole.parent, broken.parent))
     assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert worst_error(mine, theirs) < 1e-3  # AdamW divides small gradients by their size
     assert verify(broken.parent / "out" / "ledger.jsonl").entries > found["frames"]
 
 
@@ -360,6 +367,16 @@ def test_without_trl(tmp_path: Path, here: Path) -> None:
 
 
 # --- files
+
+
+def test_the_documented_file(tmp_path: Path) -> None:
+    (block,) = re.findall(r"^```toml\n(.*?)^```$", DOCUMENT.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for name in ("train.jsonl", "eval.jsonl"):
+        jsonl(tmp_path / name, [ROWS["text"](1)])
+    (tmp_path / "config.toml").write_text(block, encoding="utf-8")
+    plan = prepare(FineTuneConfig.read(tmp_path / "config.toml"))
+    assert (plan.adapter.r, plan.arguments.num_train_epochs, plan.arguments.learning_rate) == (16, 3, 2e-4)
+    assert plan.config.base.identity == tmp_path / "acme"
 
 
 def test_suggestions() -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from symbiosis.clients.half import TenantHalf
 from symbiosis.clients.remote_weight import RemoteWeight, is_remote
+from symbiosis.clients.row_custody import mark_public
 from symbiosis.clients.session import Session, Traffic
 from symbiosis.clients.siblings import Multiplier
 from symbiosis.errors import ConfigurationError, UnknownBaseError
@@ -141,6 +142,7 @@ class Base:
         if type(model).__name__ == self.manifest.architecture:
             _put_right(model, state)
         model.requires_grad_(False)
+        self._mark_public(model)
         # PEFT looks a named base up on the hub when it saves an adapter; nothing but calls should leave a tenant.
         model.name_or_path = model.config.name_or_path = ""
         remote = {name for name, parameter in model.named_parameters() if is_remote(parameter)}
@@ -148,6 +150,13 @@ class Base:
         model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save or ()) | remote
         model._ddp_params_and_buffers_to_ignore = sorted(remote)
         return model
+
+    def _mark_public(self, model: Any) -> None:
+        """Parameters that came from the host; a new head, for example, did not."""
+        published, prefix = {entry.name for entry in self.manifest.tensors}, f"{model.base_model_prefix}."
+        for name, parameter in model.named_parameters():
+            if not is_remote(parameter) and published & {name, name.removeprefix(prefix), prefix + name}:
+                mark_public(parameter)
 
     def _state_dict(self) -> dict[str, torch.Tensor]:
         half = {entry.name: self._half.tensor(entry) for entry in self.manifest.tensors}

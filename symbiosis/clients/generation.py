@@ -126,13 +126,13 @@ class Writer:
                 streamer=_streamer(self._tokenizer, keep),
                 stopping_criteria=[_stop_when(self._stop)],
             )
-        return Answer(prompt=prompt, text="".join(pieces), tokens=tokens.shape[1] - length, stopped=self._stop.is_set())
+            stopped = self._stop.is_set()
+        return Answer(prompt=prompt, text="".join(pieces), tokens=tokens.shape[1] - length, stopped=stopped)
 
     def fits(self, prompt: str | Chat, settings: GenerationSettings) -> bool:
         """Whether the base can read the prompt and an answer of full length."""
-        return (
-            self._limit is None or self._encode(prompt)["input_ids"].shape[1] + settings.max_new_tokens <= self._limit
-        )
+        length = self._encode(prompt)["input_ids"].shape[1]
+        return self._limit is None or length + settings.max_new_tokens <= self._limit
 
     @contextlib.contextmanager
     def _stoppable(self) -> Iterator[None]:

@@ -22,6 +22,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from symbiosis.clients.read_only import ReadOnlyView
 from symbiosis.clients.row_custody import asked_by
 from symbiosis.clients.row_products import PRODUCTS, RowTarget
 from symbiosis.clients.siblings import Multiplier
@@ -185,8 +186,10 @@ class RemoteWeight(RowTarget, torch.Tensor):
             return func(*args, **kwargs)
         if func._schema.is_mutable:
             _refuse_writing(func, args, kwargs)
+        is_view = isinstance(args[0], RemoteWeight) and any(value.alias_info for value in func._schema.returns)
         args, kwargs = tree_map_only(RemoteWeight, lambda weight: weight._download(func), (args, kwargs))
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        return tree_map_only(torch.Tensor, _read_only, result) if is_view else result
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Frozen it is and frozen it stays.
@@ -277,6 +280,10 @@ def _product_dtype(rows: torch.Tensor) -> torch.dtype:
 def is_remote(tensor: object) -> bool:
     """Whether `tensor` is a weight that lives at the host."""
     return isinstance(tensor, RemoteWeight)
+
+
+def _read_only(view: torch.Tensor) -> torch.Tensor:
+    return view.as_subclass(ReadOnlyView)
 
 
 def _set_requires_grad(weight: torch.Tensor, requires_grad: bool) -> Any:

@@ -3,7 +3,7 @@
 A product of a weight with a tenant's matrix looks the same whether the matrix holds activations or an adapter, and a
 host is sent whatever the rows are. So a tensor is taken for rows only where something speaks for activations:
 
-1. a parameter, or a view or a cast of one, never is;
+1. a parameter, or a view or a cast of one, never is, unless it came with the base and nobody changed it;
 2. three or more dimensions are a batch of sequences (a single matrix only; a stack has three dimensions itself);
 3. a product that the module which holds the weight writes, or that no module writes, is the frozen model's or the
    user's own;
@@ -34,6 +34,7 @@ _COPIES = frozenset(
 PRODUCT_NODE = "_MultiplyBackward"
 """Autograd's name of a product with a hosted weight."""
 _MAX_NODES = 512
+_PUBLIC_VERSION = "_symbiosis_public_version"
 
 
 class HeldElsewhere:
@@ -79,13 +80,23 @@ def asked_by() -> str:
 
 
 def _is_parameter(rows: torch.Tensor) -> bool:
-    if isinstance(rows, nn.Parameter) or isinstance(rows._base, nn.Parameter):
+    if _is_private(rows) or _is_private(rows._base):
         return True
     node: Any = rows.grad_fn
     while node is not None and node.name() in _COPIES:
         node = node.next_functions[0][0]
-    leaf = getattr(node, "variable", None)
-    return isinstance(leaf, nn.Parameter)
+    return _is_private(getattr(node, "variable", None))
+
+
+def mark_public(parameter: nn.Parameter) -> None:
+    """Remember that the host has this parameter: it came from there, and holds as long as nobody writes to it."""
+    setattr(parameter, _PUBLIC_VERSION, parameter._version)
+
+
+def _is_private(tensor: object) -> bool:
+    if not isinstance(tensor, nn.Parameter):
+        return False
+    return bool(tensor.requires_grad or getattr(tensor, _PUBLIC_VERSION, None) != tensor._version)
 
 
 def _holds_weights(module: nn.Module) -> bool:

@@ -146,12 +146,60 @@ def _stack_product(rows: torch.Tensor, stack: Any, *, transposed: bool) -> Any:
     return packed.view(count, each, -1)
 
 
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: torch.Tensor | None,
+    in_proj_bias: torch.Tensor | None,
+    bias_k: torch.Tensor | None,
+    bias_v: torch.Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: torch.Tensor,
+    out_proj_bias: torch.Tensor | None,
+    **options: Any,
+) -> Any:
+    """`nn.MultiheadAttention`: its projections are calls; PyTorch does the rest with unit matrices, which are exact."""
+    if not is_target(in_proj_weight) and not is_target(out_proj_weight):
+        return NotImplemented
+    unit = torch.eye(embed_dim_to_check, dtype=query.dtype, device=query.device)
+    if in_proj_weight is not None and is_target(in_proj_weight):
+        query, key, value = _packed(query, key, value, in_proj_weight, in_proj_bias)
+        options |= dict.fromkeys(("q_proj_weight", "k_proj_weight", "v_proj_weight"), unit)
+        options["use_separate_proj_weight"] = True
+        in_proj_weight = in_proj_bias = None
+    biases, zeros = (in_proj_weight, in_proj_bias, bias_k, bias_v), (add_zero_attn, dropout_p)
+    attended, weights = F.multi_head_attention_forward(
+        query, key, value, embed_dim_to_check, num_heads, *biases, *zeros, unit, None, **options
+    )
+    return F.linear(attended, out_proj_weight, out_proj_bias), weights
+
+
+def _packed(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> list[torch.Tensor]:
+    """Query, key and value times their thirds of a packed weight; a call for each tensor that is another one."""
+    products: list[tuple[torch.Tensor, tuple[torch.Tensor, ...]]] = []
+    thirds = []
+    for third, rows in enumerate((query, key, value)):
+        known = next((product for met, product in products if met is rows), None)
+        if known is None:
+            known = F.linear(rows, weight, bias).chunk(3, dim=-1)
+            products.append((rows, known))
+        thirds.append(known[third])
+    return thirds
+
+
 def _mirrored(result: Any) -> Any:
     return result if result is NotImplemented else result.mT
 
 
 PRODUCTS: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
+    F.multi_head_attention_forward: _attention,
     torch.matmul: _matmul,
     torch.mm: _matmul,
     torch.bmm: _matmul,

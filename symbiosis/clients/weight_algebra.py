@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch.overrides import get_default_nowrap_functions
 from torch.utils._pytree import tree_any, tree_map_only
 
+from symbiosis.clients.read_only import is_in_place
 from symbiosis.clients.row_custody import asked_by
 from symbiosis.clients.row_products import PRODUCTS, RowTarget
 from symbiosis.errors import RemoteWeightError
@@ -334,11 +335,9 @@ def with_numbers(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
 
 
 def _refuse_writing(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    name = getattr(func, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    writes = in_place or name in {"__set__", "__setitem__"} or (name.startswith("__i") and name != "__invert__")
+    writes = is_in_place(func)
     if isinstance(kwargs.get("out"), WeightExpression) or (writes and isinstance(args[0], WeightExpression)):
-        raise _outside(f"{name} on an expression of weights that live at the host")
+        raise _outside(f"{name_of(func)} on an expression of weights that live at the host")
 
 
 def name_of(func: Any) -> str:
@@ -422,17 +421,6 @@ def _in_place(operation: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return replace
-
-
-def _sum(left: Any, right: Any, alpha: float) -> Any:
-    """Of two weights."""
-    second = _node(right) if alpha == 1 else _Scaled(_node(right), alpha)
-    return _expression(_Sum(_node(left), second), left, right) if left.shape == right.shape else NotImplemented
-
-
-def _broadcasts(small: Sequence[int], large: Sequence[int]) -> bool:
-    pairs = zip(reversed(small), reversed(large), strict=False)
-    return all(size in {1, other} for size, other in pairs)
 
 
 def _add_in_place(left: Any, right: Any, *, alpha: float = 1) -> Any:

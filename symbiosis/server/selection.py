@@ -2,8 +2,8 @@
 
 Four rules, numbered where they are applied:
 
-1. weights of `nn.Linear` and `Conv1D` (GPT-2) modules, with two dimensions, and the stacks of matrices, with three, of
-   modules that hold a mixture's experts;
+1. weights of `nn.Linear` and `Conv1D` (GPT-2) modules, with two dimensions, the packed projections of
+   `nn.MultiheadAttention`, and the stacks of matrices, with three, of modules that hold a mixture's experts;
 2. only inside a repeated block: a component of the module's path is a number, as in `model.layers.0.self_attn.q_proj`;
 3. never the input or output embeddings, nor a tensor that is tied to one;
 4. a weight that several modules share has one name, the one that the library saves it under.
@@ -42,6 +42,9 @@ def _candidates(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Paramete
         orientation = Orientation.OUT_IN if isinstance(module, nn.Linear) else Orientation.IN_OUT
         if isinstance(module.weight, nn.Parameter) and module.weight.dim() == 2:
             yield "weight", module.weight, orientation
+    elif isinstance(module, nn.MultiheadAttention):
+        if module.in_proj_weight is not None:
+            yield "in_proj_weight", module.in_proj_weight, Orientation.OUT_IN
     elif "expert" in path.lower() or "expert" in type(module).__name__.lower():
         # How a stack is stored is its module's affair; rows meet it either way, and the direction says which.
         for name, parameter in module.named_parameters(recurse=False):

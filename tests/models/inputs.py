@@ -1,7 +1,7 @@
 """Inputs of the right kind for any model, from what its `forward` asks for and what its configuration says.
 
-`candidates` gives several, the richest first: which layout a model wants (frames before or after mel bins, images or flat
-patches, ...) is found by trying, on the local model alone.
+`candidates` gives several, the richest first: which layout a model wants (frames before or after mel bins, images or
+flat patches, ...) is found by trying, on the local model alone.
 """
 
 from __future__ import annotations
@@ -79,14 +79,11 @@ def _configs(config: Any) -> Iterator[Any]:
 def candidates(model: Any) -> Iterator[Inputs]:
     """Inputs to try, the richest first."""
     wanted = Wanted(model)
-    for inputs in _bodies(wanted):
-        inputs = {name: value for name, value in inputs.items() if name in wanted.names or name in _THROUGH}
+    for body in _bodies(wanted):
+        inputs = {name: value for name, value in body.items() if name in wanted.names}
         for labels in _labels(wanted, inputs):
             yield inputs | labels
         yield inputs
-
-
-_THROUGH: set[str] = set()
 
 
 def _bodies(wanted: Wanted) -> Iterator[Inputs]:
@@ -108,8 +105,9 @@ def _bodies(wanted: Wanted) -> Iterator[Inputs]:
         yield text | _others(wanted, text)
     codebooks = wanted.value("num_codebooks", "n_codes_total", "audio_channels")
     if "input_ids" in text and isinstance(codebooks, int):
-        yield {"input_ids": wanted.tokens(BATCH * codebooks, LENGTH, vocabulary=wanted.number("vocab_size", default=99))}
-        yield {"input_ids": wanted.tokens(BATCH, LENGTH, codebooks, vocabulary=wanted.number("vocab_size", default=99))}
+        size = wanted.number("codebook_size", "vocab_size", default=99)
+        for shape in ((BATCH * codebooks, LENGTH), (BATCH, LENGTH, codebooks), (BATCH, LENGTH, codebooks + 1)):
+            yield {"input_ids": wanted.tokens(*shape, vocabulary=min(size, wanted.number("vocab_size", default=99)))}
 
 
 def _asked(wanted: Wanted, name: str) -> bool:
@@ -169,8 +167,10 @@ def _others(wanted: Wanted, text: Inputs) -> Inputs:
 def _size(wanted: Wanted) -> tuple[int, int, int]:
     channels = wanted.number("num_channels", "in_channels", "in_chans", default=3)
     size = wanted.value("image_size", "img_size", "input_size", "pretrain_image_size", default=64)
-    height, width = (size[0], size[1]) if isinstance(size, list | tuple) and len(size) > 1 else (
-        (size[0], size[0]) if isinstance(size, list | tuple) else (size, size)
+    height, width = (
+        (size[0], size[1])
+        if isinstance(size, list | tuple) and len(size) > 1
+        else ((size[0], size[0]) if isinstance(size, list | tuple) else (size, size))
     )
     return channels, int(height), int(width)
 
@@ -182,8 +182,11 @@ def _images(wanted: Wanted) -> list[torch.Tensor]:
     video = wanted.noise(BATCH, frames, channels, height, width)
     patch = wanted.number("patch_size", default=16)
     flat = wanted.noise(BATCH, 16, channels * patch**2)
-    first = [video, single] if "Video" in wanted.kind or "frames_per_clip" in vars(wanted.model.config) else [single, video]
-    return [*first, flat, wanted.noise(BATCH, channels, 64, 64), wanted.noise(BATCH, channels, 224, 224)]
+    first = (
+        [video, single] if "Video" in wanted.kind or "frames_per_clip" in vars(wanted.model.config) else [single, video]
+    )
+    flat_alone = [_flat_patches(wanted)] if wanted.names & {"grid_thw", "image_grid_thw", "grid_hw"} else []
+    return [*flat_alone, *first, flat, wanted.noise(BATCH, channels, 64, 64), wanted.noise(BATCH, channels, 224, 224)]
 
 
 def _videos(wanted: Wanted) -> list[torch.Tensor]:
@@ -215,6 +218,7 @@ def _waves(wanted: Wanted) -> list[torch.Tensor]:
         wanted.noise(BATCH, min(length, 1024), bins),
         wanted.noise(BATCH, 1, 3200) * 0.1,
         wanted.noise(BATCH, channels, 15360) * 0.1,
+        wanted.noise(BATCH, 15360) * 0.1,
         wanted.noise(BATCH, 16000) * 0.1,
     ]
 
@@ -223,7 +227,14 @@ def _series(wanted: Wanted) -> list[torch.Tensor]:
     length = wanted.number("context_length", default=32)
     lags = wanted.value("lags_sequence", default=None)
     if lags is not None:
-        return [wanted.noise(BATCH, wanted.model.config._past_length if hasattr(wanted.model.config, "_past_length") else length + max(lags))]
+        return [
+            wanted.noise(
+                BATCH,
+                wanted.model.config._past_length
+                if hasattr(wanted.model.config, "_past_length")
+                else length + max(lags),
+            )
+        ]
     channels = wanted.number("num_input_channels", default=1)
     return [wanted.noise(BATCH, length, channels), wanted.noise(BATCH, length)]
 
@@ -242,7 +253,10 @@ def _grid(wanted: Wanted) -> torch.Tensor:
 
 
 def _flat_patches(wanted: Wanted) -> torch.Tensor:
-    patch, channels = wanted.number("patch_size", default=14), wanted.number("in_channels", "in_chans", "num_channels", default=3)
+    patch, channels = (
+        wanted.number("patch_size", default=14),
+        wanted.number("in_channels", "in_chans", "num_channels", default=3),
+    )
     return wanted.noise(16, channels * patch**2 * wanted.number("temporal_patch_size", default=1))
 
 
@@ -255,6 +269,7 @@ _OTHERS: dict[str, Callable[[Wanted], Any]] = {
     "states": lambda wanted: wanted.noise(BATCH, LENGTH, wanted.number("state_dim", default=17)),
     "returns_to_go": lambda wanted: wanted.noise(BATCH, LENGTH, 1),
     "rewards": lambda wanted: wanted.noise(BATCH, LENGTH, 1),
+    "actions": lambda wanted: wanted.noise(BATCH, LENGTH, wanted.number("act_dim", default=4)),
     "timesteps": lambda _: torch.arange(LENGTH).repeat(BATCH, 1),
     "bbox": lambda _: torch.tensor([[[10, 10, 30, 40]] * LENGTH] * BATCH),
     "pixel_mask": lambda _: None,
@@ -275,20 +290,24 @@ _NEEDED: dict[str, Callable[[Wanted], Any]] = {
     "hidden_states": _flat_patches,
     "grid_thw": _grid,
     "image_grid_thw": _grid,
-    "pixel_position_ids": lambda _: torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij"), -1)
-    .reshape(1, 16, 2)
-    .repeat(BATCH, 1, 1),
+    "pixel_position_ids": lambda _: (
+        torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij"), -1)
+        .reshape(1, 16, 2)
+        .repeat(BATCH, 1, 1)
+    ),
     "pixel_attention_mask": lambda _: torch.ones(BATCH, 16, dtype=torch.long),
     "spatial_shapes": lambda _: torch.tensor([[4, 4]] * BATCH),
     "qformer_input_ids": lambda wanted: wanted.tokens(BATCH, LENGTH),
     "attention_mask": lambda _: torch.ones(BATCH, LENGTH, dtype=torch.long),
-    "encoder_hidden_states": lambda wanted: wanted.noise(BATCH, LENGTH, wanted.number("cross_hidden_size", "encoder_hidden_size", "hidden_size", "d_model", default=64)),
+    "encoder_hidden_states": lambda wanted: wanted.noise(
+        BATCH, LENGTH, wanted.number("cross_hidden_size", "encoder_hidden_size", "hidden_size", "d_model", default=64)
+    ),
     "inputs_embeds": lambda wanted: wanted.noise(BATCH, LENGTH, wanted.number("hidden_size", "d_model", default=64)),
     "inputs": lambda wanted: wanted.tokens(BATCH, wanted.number("max_position_embeddings", default=LENGTH)),
     "past_time_features": lambda wanted: _with_past(wanted, wanted.number("num_time_features", default=1)),
     "past_observed_mask": lambda wanted: torch.ones_like(_series(wanted)[0]),
     "query_embeds": lambda wanted: wanted.noise(BATCH, LENGTH, wanted.number("hidden_size", default=64)),
-    "actions": lambda wanted: wanted.noise(BATCH, LENGTH, wanted.number("act_dim", default=4)),
+    "task_inputs": lambda wanted: wanted.tokens(BATCH, wanted.number("task_seq_len", default=77)),
     "input_boxes": lambda _: torch.tensor([[[5.0, 5.0, 30.0, 30.0]]] * BATCH),
     "freq": lambda _: torch.zeros(BATCH, 1, dtype=torch.long),
     "aspect_ratio_ids": lambda _: torch.ones(BATCH, 1, dtype=torch.long),
@@ -304,11 +323,7 @@ def _with_images(wanted: Wanted) -> Iterator[Inputs]:
     for pictures in _pictures(wanted):
         known = inspect.signature(wanted.model.get_image_features).parameters
         given = {name: value for name, value in pictures.items() if name in known}
-        try:
-            with torch.no_grad():
-                count = _rows(wanted.model.get_image_features(**given))
-        except Exception:
-            continue
+        count = _count(wanted.model.get_image_features, given)
         if token is not None and count:
             yield _spliced(wanted, int(token), count) | pictures
 
@@ -318,17 +333,28 @@ def _pictures(wanted: Wanted) -> Iterator[Inputs]:
     sizes = torch.tensor([[height, width]])
     if "image_grid_thw" in wanted.names:
         yield {"pixel_values": _flat_patches(wanted), "image_grid_thw": _grid(wanted)}
-        yield {"pixel_values": wanted.noise(16, channels, wanted.number("patch_size", default=14), wanted.number("patch_size", default=14)), "image_grid_thw": _grid(wanted)}
+        yield {
+            "pixel_values": wanted.noise(
+                16, channels, wanted.number("patch_size", default=14), wanted.number("patch_size", default=14)
+            ),
+            "image_grid_thw": _grid(wanted),
+        }
     one = wanted.noise(1, channels, height, width)
     yield {"pixel_values": one, "image_sizes": sizes, "image_position_ids": None}
-    yield {"pixel_values": one[None], "image_sizes": sizes, "pixel_attention_mask": torch.ones(1, 1, height, width, dtype=torch.long)}
+    yield {
+        "pixel_values": one[None],
+        "image_sizes": sizes,
+        "pixel_attention_mask": torch.ones(1, 1, height, width, dtype=torch.long),
+    }
     yield {"pixel_values": one.repeat(3, 1, 1, 1)[None], "image_sizes": torch.tensor([[height, 2 * width]])}
     patch = wanted.number("patch_size", default=16)
     yield {
         "pixel_values": wanted.noise(1, 16, channels * patch**2),
         "pixel_attention_mask": torch.ones(1, 16, dtype=torch.long),
         "spatial_shapes": torch.tensor([[4, 4]]),
-        "image_position_ids": torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij"), -1).reshape(1, 16, 2),
+        "image_position_ids": torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij"), -1).reshape(
+            1, 16, 2
+        ),
     }
 
 
@@ -343,11 +369,7 @@ def _with_audio(wanted: Wanted) -> Iterator[Inputs]:
         known = inspect.signature(wanted.model.get_audio_features).parameters
         names = {"input_features": features} | masks
         given = {name: value for name, value in names.items() if name in known}
-        try:
-            with torch.no_grad():
-                count = _rows(wanted.model.get_audio_features(**given))
-        except Exception:
-            continue
+        count = _count(wanted.model.get_audio_features, given)
         if token is not None and count:
             masks.pop("attention_mask")
             yield names | masks | _spliced(wanted, int(token), count)
@@ -357,7 +379,21 @@ def _spliced(wanted: Wanted, token: int, count: int) -> Inputs:
     words = wanted.tokens(1, LENGTH)
     ids = torch.cat([words[:, :4], torch.full((1, count), token), words[:, 4:]], dim=1)
     special = (ids == token).long()
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": special, "token_type_ids": special}
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": special,
+        "token_type_ids": special,
+    }
+
+
+def _count(tower: Callable[..., Any], given: Inputs) -> int:
+    """How many tokens a tower makes of these, 0 where it wants others."""
+    try:
+        with torch.no_grad():
+            return _rows(tower(**given))
+    except Exception:
+        return 0
 
 
 def _rows(features: Any) -> int:
@@ -392,7 +428,9 @@ def _labels(wanted: Wanted, inputs: Inputs) -> Iterator[Inputs]:
         if pixels is not None and pixels.dim() == 4:
             yield {"labels": torch.randint(0, classes, (batch, *pixels.shape[-2:]), generator=wanted.generator)}
     elif "Detection" in kind or "Segment" in kind:
-        yield {"labels": [{"class_labels": one[:1], "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.4]])} for _ in range(batch)]}
+        yield {
+            "labels": [{"class_labels": one[:1], "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.4]])} for _ in range(batch)]
+        }
     elif "Classification" in kind:
         yield {"labels": one}
         yield {"labels": torch.nn.functional.one_hot(one, classes).float()}

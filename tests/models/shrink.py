@@ -44,8 +44,9 @@ WIDTHS: dict[str, int] = (
     | _exact(
         "intermediate_size encoder_ffn_dim decoder_ffn_dim ffn_dim mlp_dim d_ff n_inner d_inner ffn_hidden_size "
         "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size intermediate_size_mlp "
-        "dense_intermediate_size feed_forward_size dim_feedforward encoder_feedforward_dim projection_intermediate_size "
-        "moe_shared_expert_intermediate_size shared_experts_intermediate_size mamba_intermediate_size inner_dim "
+        "dense_intermediate_size feed_forward_size dim_feedforward encoder_feedforward_dim "
+        "projection_intermediate_size moe_shared_expert_intermediate_size shared_experts_intermediate_size "
+        "mamba_intermediate_size inner_dim "
         "projector_intermediate_size intermediate_dim expert_ffn_hidden_size adapter_intermediate_size "
         "moe_latent_size memory_attention_feed_forward_hidden_size",
         INNER,
@@ -110,7 +111,9 @@ COUNTS: dict[str, int] = (
 _UNSET = {"head_dim": HEAD_WIDTH, "num_key_value_heads": HEADS}
 """Fields that some types leave unset and cannot do without."""
 _TOKEN = re.compile(r"(token_id|token_index|token_idx|_index|_id)$")
-_KEY_VALUE = re.compile(r"(num_key_value_heads|num_kv_heads|n_head_kv|num_global_key_value_heads|multi_query_group_num)$")
+_KEY_VALUE = re.compile(
+    r"(num_key_value_heads|num_kv_heads|n_head_kv|num_global_key_value_heads|multi_query_group_num)$"
+)
 _PER_LAYER = (str, bool, int, float)
 
 Adjustment = Callable[[dict[str, Any]], Mapping[str, Any]]
@@ -167,14 +170,16 @@ def _spoken(default: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
         plain = vars(type(default)())
     except Exception:
         plain = {}
-    accepted = set(inspect.signature(type(default).__init__).parameters) | set(getattr(default, "__dataclass_fields__", ()))
+    accepted = set(inspect.signature(type(default).__init__).parameters) | set(
+        getattr(default, "__dataclass_fields__", ())
+    )
     return {
         name: value
         for name, value in vars(default).items()
         if name in accepted
         and name not in overrides
         and not isinstance(value, PreTrainedConfig)
-        and (name not in plain or plain[name] is not value and plain[name] != value)
+        and (name not in plain or (plain[name] is not value and plain[name] != value))
     }
 
 
@@ -212,22 +217,24 @@ def _overrides(config: Any, level: int, specials: dict[str, int]) -> Iterator[tu
 
 
 def _number(name: str, value: int, level: int, specials: dict[str, int], fields: Mapping[str, Any]) -> int | None:
+    """The small number for a field; `None` where it stays."""
     if _TOKEN.search(name) and not name.startswith("head_"):
-        if value < FIRST_SPECIAL // 2:
-            return None
-        return specials.setdefault(name.removesuffix("_token_index").removesuffix("_token_id"), FIRST_SPECIAL + len(specials))
+        plain = name.removesuffix("_token_index").removesuffix("_token_id")
+        return specials.setdefault(plain, FIRST_SPECIAL + len(specials)) if value >= FIRST_SPECIAL // 2 else None
     if name == "image_size":
         return _image_size(fields)
     if name in COUNTS:
         return min(value, COUNTS[name])
-    if level == 0 and _KEY_VALUE.search(name):
+    return _width(name, value, fields) if level == 0 and value > 0 else None
+
+
+def _width(name: str, value: int, fields: Mapping[str, Any]) -> int | None:
+    if _KEY_VALUE.search(name):
         heads = fields.get("num_attention_heads", fields.get("n_head"))
-        return HEADS if value == heads else 1 if value == 1 else KEY_VALUE_HEADS
-    if level == 0 and name == "head_dim" and value == fields.get("qk_rope_head_dim"):
+        return HEADS if value == heads else min(value, KEY_VALUE_HEADS)
+    if name == "head_dim" and value == fields.get("qk_rope_head_dim"):
         return WIDTHS["qk_rope_head_dim"]
-    if level == 0 and name in WIDTHS and value > 0:
-        return WIDTHS[name]
-    return None
+    return WIDTHS.get(name)
 
 
 def _image_size(fields: Mapping[str, Any]) -> int:
@@ -288,8 +295,16 @@ ADJUSTMENTS: dict[str, Mapping[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "cosmos3_edge_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}},
     "deepseek_v2": {"topk_method": "greedy", "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
-    "dots3_note_vision_encoder": {"adapter_in_dim": 64},
+    "dots3_note_vision_encoder": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+    "gemma4_unified_text": {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0},
+    "wav2vec2-bert": {"vocab_size": 32},
+    "wav2vec2-conformer": {"vocab_size": 32},
     "dots3_note_audio_encoder": {"adapter_input_size": 64},
+    "led": {"attention_window": [4, 4]},
+    "longformer": {"attention_window": [4, 4]},
+    "instructblip": {"image_token_index": 299},
+    "instructblipvideo": {"video_token_index": 299},
+    "chameleon": {"vocabulary_map": {"<image>": 299}, "image_token_id": 299},
     "blip-2": {"image_token_index": 299},
     "inkling_text": {"rel_extent": 64, "d_rel": 8},
     "inkling2_text": {"rel_extent": 64, "d_rel": 8},
@@ -313,7 +328,8 @@ ADJUSTMENTS: dict[str, Mapping[str, Any]] = {
     "qwen4_exp_text": {"layer_types": ["linear_attention", "full_attention"], "indexer_n_heads": 2,
                        "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 4,
                        "indexer_compress_ratio": 2, "hc_lowrank": 16},
-    "reformer": {"is_decoder": True, "axial_pos_shape": [16, 16], "axial_pos_embds_dim": [32, 32],
+    "reformer": {"is_decoder": True, "hidden_dropout_prob": 0.0, "local_attention_probs_dropout_prob": 0.0,
+                 "axial_pos_shape": [2, 4], "axial_pos_embds_dim": [32, 32],
                  "attn_layers": ["local", "local"], "num_buckets": 4, "local_attn_chunk_length": 4,
                  "lsh_attn_chunk_length": 4, "feed_forward_size": 96, "attention_head_size": 16},
     "rwkv": {"rescale_every": 0, "attention_hidden_size": 64},
@@ -321,7 +337,8 @@ ADJUSTMENTS: dict[str, Mapping[str, Any]] = {
     "zamba2": {"mamba_ngroups": 1, "n_mamba_heads": 8, "mamba_headdim": 16, "num_mem_blocks": 1, "mamba_d_state": 16,
                "attention_hidden_size": 128, "attention_head_dim": 32, "chunk_size": 16},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3,
-              "attention_hidden_size": 128, "attention_head_dim": 32, "n_mamba_heads": 2, "mamba_dt_rank": 8, "mamba_d_state": 4},
+              "attention_hidden_size": 128, "attention_head_dim": 32, "n_mamba_heads": 2, "mamba_dt_rank": 8,
+              "mamba_d_state": 4},
 }  # fmt: skip
 """What the rules above do not know, by model type; a dictionary for a part is laid over the shrunk part."""
 
@@ -358,7 +375,5 @@ def seeded(model: torch.nn.Module) -> None:
             if not parameter.is_floating_point():
                 continue
             parameter.nan_to_num_(0.0, 0.0, 0.0).clamp_(-4, 4)
-            if parameter.dim() > 1 and parameter.std() < 1e-6:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
-            elif parameter.dim() == 1:
+            if (parameter.dim() > 1 and parameter.std() < 1e-6) or parameter.dim() == 1:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)

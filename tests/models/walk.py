@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import multiprocessing
@@ -76,6 +77,10 @@ class Outcome:
     """Share of the hosted weights that rows met: the rest was idle with these inputs."""
     block_weights: int = 0
     inputs: tuple[str, ...] = ()
+    training: bool = False
+    """Whether it trains in training mode only; dropout is seeded, the same on both sides."""
+    float64: bool = False
+    """Whether its rounding in float32 is so large that only float64 can tell a difference from rounding."""
     loss: bool = False
     """Whether the model's own loss was used; otherwise a random projection of its outputs."""
     downloaded: tuple[str, ...] = ()
@@ -111,7 +116,7 @@ def _try_level(model_class: Any, model_type: str, level: int, outcome: Outcome) 
         if outcome.status == NOT_BUILT:
             outcome.reason = outcome.reason or _reason(error)
         return False
-    found = _trainable_inputs(model, outcome)
+    found = _trainable_inputs(copy.deepcopy(model), outcome)  # a copy: some models keep what they computed
     if found is None:
         return False
     outcome.reason = ""
@@ -151,17 +156,16 @@ def _trainable_inputs(model: Any, outcome: Outcome) -> dict[str, Any] | None:
     tried = ((training, inputs) for training in (False, True) for inputs in candidates(model))
     try:
         for training, inputs in tried:
-            model.train(training)  # seeded: dropout is the same on both sides
+            model.train(training)
             try:
                 _, value = _forward(model, inputs)
                 value.backward()
                 if not torch.isfinite(value):
                     raise ValueError("the loss is not finite")
+                outcome.training = training
                 return inputs
             except Exception as error:
                 if os.environ.get("WALK_VERBOSE"):
-                    shapes = {k: tuple(v.shape) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-                    print("tried", shapes, file=sys.stderr)
                     traceback.print_exc(limit=-4)
                 first = first or _reason(error)
             finally:
@@ -173,20 +177,40 @@ def _trainable_inputs(model: Any, outcome: Outcome) -> dict[str, Any] | None:
 
 
 def _compare(model: Any, inputs: Mapping[str, Any], outcome: Outcome) -> None:
+    model.train(outcome.training)
+    twin = copy.deepcopy(model)
+    _both(model, inputs, outcome)
+    if outcome.error is not None and not outcome.error < TOLERANCE:
+        rounding = outcome.error
+        exact_inputs = {name: _doubled(value) for name, value in inputs.items()}
+        _both(twin.double(), exact_inputs, outcome)
+        outcome.float64, outcome.reason = True, f"float32 rounds by {rounding:.0e}"
+    outcome.status = AGREES if outcome.error is not None and outcome.error < TOLERANCE else DIFFERS
+    if outcome.status == DIFFERS and not _repeats(model, inputs):
+        outcome.status, outcome.reason = NOT_TRAINED, "two local runs differ"
+
+
+def _repeats(model: Any, inputs: Mapping[str, Any]) -> bool:
+    """Whether two local steps give the same."""
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    first, second = (_step(copy.deepcopy(model), names, inputs)[1] for _ in range(2))
+    return _difference(second, first)[0] < TOLERANCE
+
+
+def _doubled(value: Any) -> Any:
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def _both(model: Any, inputs: Mapping[str, Any], outcome: Outcome) -> None:
+    """One step whole and one split, from the same numbers."""
     called: set[int] = set()
     with local_base(model, publish="all") as base, _recording(called):
-        split_model = base.load(type(model)).train(model.training)
+        split_model = base.load(type(model), dtype=model.dtype).train(model.training)
         names = _thaw(split_model, model)
         outcome.loss, truth = _step(model, names, inputs)
         _, found = _step(split_model, names, inputs)
         outcome.error, outcome.exact = _difference(found, truth)
-        if not outcome.error < TOLERANCE:
-            again = _step(model, names, inputs)[1]
-            if not _difference(again, truth)[0] < TOLERANCE:
-                outcome.status, outcome.reason = NOT_TRAINED, "two local runs differ"
-                return
         _count(model, base, called, outcome)
-    outcome.status = AGREES if outcome.error < TOLERANCE else DIFFERS
 
 
 def _thaw(split_model: Any, model: Any) -> list[str]:
@@ -214,7 +238,7 @@ def _step(model: Any, names: Iterable[str], inputs: Mapping[str, Any]) -> tuple[
 def _forward(model: Any, inputs: Mapping[str, Any]) -> tuple[bool, torch.Tensor]:
     """Something to differentiate: the model's own loss, or its outputs weighed at random."""
     torch.manual_seed(5)
-    np.random.seed(5)  # noqa: NPY002
+    np.random.seed(5)
     random.seed(5)
     copies = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
     outputs = model(**copies)
@@ -463,10 +487,14 @@ def _tell(outcome: Outcome) -> None:
     hosted = "" if outcome.hosted is None else f"{outcome.hosted:6.1%} hosted"
     used = "" if outcome.used is None else f" {outcome.used:6.1%} used"
     error = "" if outcome.error is None else ("exact  " if outcome.exact else f"{outcome.error:.0e}  ")
-    print(
-        f"{outcome.architecture:<48}{outcome.status:<26}{error}{hosted}{used} {outcome.seconds:5.1f} s {outcome.reason}",
-        flush=True,
+    _say(
+        f"{outcome.architecture:<48}{outcome.status:<26}{error}{hosted}{used} {outcome.seconds:5.1f} s {outcome.reason}"
     )
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 def main() -> int:
@@ -500,13 +528,13 @@ def main() -> int:
 
     run([job for job in jobs if job not in outcomes], processes=options.processes, timeout_s=options.timeout, tell=tell)
     seconds, rows = time.monotonic() - begun, summary(found, outcomes)
-    print(table(rows))
+    _say(table(rows))
     trained = [outcomes[job] for job in jobs if outcomes[job].status not in APART]
     agreeing = sum(one.status == AGREES for one in trained)
     if out is not None:
         write(out, rows, outcomes.values(), seconds)
-    print(f"{seconds:.0f} s")
-    print(f"{agreeing} of {len(trained)}")
+    _say(f"{seconds:.0f} s")
+    _say(f"{agreeing} of {len(trained)}")
     return 0 if agreeing == len(trained) else 1
 
 

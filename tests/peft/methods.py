@@ -215,5 +215,8 @@ METHODS: tuple[Method, ...] = (
     _llama(T.VBLORA, r=4, num_vectors=16, vector_length=4, topk=2),
     _llama(T.VERA, r=4),
     _llama(T.WAVEFT, n_frequency=40),
-    _not_applicable(T.XLORA, "mixes LoRA adapters that were saved before; tests/peft/test_methods.py has it by itself"),
+    _not_applicable(
+        T.XLORA,
+        "mixes saved LoRA adapters; it trains to the local losses, and PEFT saves nothing of it, locally either",
+    ),
 )

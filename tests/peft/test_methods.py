@@ -9,11 +9,12 @@ from typing import Any
 
 import peft.tuners
 import pytest
+import torch
 from conftest import OpenBase
-from examine import examine, logits, quiet
+from examine import examine, logits, quiet, train
 from methods import METHODS, Method, Verdict
 from oracles import relative_error
-from peft import PeftType
+from peft import PeftType, XLoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from symbiosis.errors import SymbiosisError
@@ -85,6 +86,22 @@ def test_merging_is_refused_or_right(method: Method, name: str, open_base: OpenB
         expected = getattr(local, attempt)(**options)
         truth = logits(method, local if expected is None else expected)
         assert relative_error(logits(method, split if result is None else result), truth) < TOLERANCE
+
+
+def test_a_mixture_of_saved_adapters(open_base: OpenBase, tmp_path: Path) -> None:
+    """X-LoRA has no row: what PEFT saves of it is empty. It trains as it does locally."""
+    lora = METHODS[0]
+    for number in range(2):
+        lora.apply(lora.build(), seed=number).save_pretrained(tmp_path / str(number))
+    losses = []
+    for model in (lora.build(), open_base(lora.build()).load(AutoModelForCausalLM)):
+        model.config.use_cache = False
+        adapters = {str(number): str(tmp_path / str(number)) for number in range(2)}
+        config = XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, xlora_depth=1, adapters=adapters)
+        torch.manual_seed(3)
+        with quiet():
+            losses.append(train(lora, get_peft_model(model, config))[0])
+    assert relative_error(*losses) < TOLERANCE
 
 
 def test_the_result_file_is_the_table() -> None:

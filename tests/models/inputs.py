@@ -97,6 +97,9 @@ def _bodies(wanted: Wanted) -> Iterator[Inputs]:
     for choice in product(*layouts.values()):
         given = text | dict(zip(layouts, choice, strict=True))
         yield given | _others(wanted, text)
+        layout = {name: _NEEDED[name](wanted) for name in _PATCHES if name in wanted.names}
+        if layout:
+            yield given | _others(wanted, text) | layout
         if "input_features" in given and "input_features_mask" in wanted.names:
             for frames in given["input_features"].shape[:0:-1]:
                 mask = torch.ones(BATCH, frames, dtype=torch.long)
@@ -108,6 +111,10 @@ def _bodies(wanted: Wanted) -> Iterator[Inputs]:
         size = wanted.number("codebook_size", "vocab_size", default=99)
         for shape in ((BATCH * codebooks, LENGTH), (BATCH, LENGTH, codebooks), (BATCH, LENGTH, codebooks + 1)):
             yield {"input_ids": wanted.tokens(*shape, vocabulary=min(size, wanted.number("vocab_size", default=99)))}
+
+
+_PATCHES = ("spatial_shapes", "pixel_attention_mask", "pixel_position_ids", "grid_thw", "image_grid_thw")
+"""How flat patches lie in their image."""
 
 
 def _asked(wanted: Wanted, name: str) -> bool:
@@ -143,7 +150,8 @@ def _text(wanted: Wanted) -> Inputs:
 
 
 def _decoder(wanted: Wanted, batch: int) -> Inputs:
-    if "decoder_input_ids" not in wanted.names:
+    classifies = "Classification" in wanted.kind or "QuestionAnswering" in wanted.kind  # its decoder reads the input
+    if "decoder_input_ids" not in wanted.names or classifies:
         return {}
     vocabulary = None
     decoder = getattr(wanted.model.config, "decoder", None) or getattr(wanted.model.config, "decoder_config", None)
@@ -309,6 +317,7 @@ _NEEDED: dict[str, Callable[[Wanted], Any]] = {
     "query_embeds": lambda wanted: wanted.noise(BATCH, LENGTH, wanted.number("hidden_size", default=64)),
     "task_inputs": lambda wanted: wanted.tokens(BATCH, wanted.number("task_seq_len", default=77)),
     "input_boxes": lambda _: torch.tensor([[[5.0, 5.0, 30.0, 30.0]]] * BATCH),
+    "past_values_padding": lambda wanted: torch.zeros(BATCH, wanted.number("context_length", default=32)),
     "freq": lambda _: torch.zeros(BATCH, 1, dtype=torch.long),
     "aspect_ratio_ids": lambda _: torch.ones(BATCH, 1, dtype=torch.long),
     "aspect_ratio_mask": lambda _: torch.ones(BATCH, 1, 4, dtype=torch.long),

@@ -108,7 +108,7 @@ COUNTS: dict[str, int] = (
 )
 """Fields that say how many there are of something."""
 
-_UNSET = {"head_dim": HEAD_WIDTH, "num_key_value_heads": HEADS}
+_UNSET = {"head_dim": HEAD_WIDTH, "num_key_value_heads": HEADS, "pad_token_id": 0}
 """Fields that some types leave unset and cannot do without."""
 _TOKEN = re.compile(r"(token_id|token_index|token_idx|_index|_id)$")
 _KEY_VALUE = re.compile(
@@ -297,6 +297,7 @@ ADJUSTMENTS: dict[str, Mapping[str, Any]] = {
     "deepseek_v2": {"topk_method": "greedy", "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "dots3_note_vision_encoder": {"adapter_in_dim": 64, "adapter_out_dim": 64},
     "gemma4_unified_text": {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0},
+    "perceiver": {"d_latents": 64, "num_latents": 16},
     "wav2vec2-bert": {"vocab_size": 32},
     "wav2vec2-conformer": {"vocab_size": 32},
     "dots3_note_audio_encoder": {"adapter_input_size": 64},

@@ -523,7 +523,7 @@ def main() -> int:
     def tell(outcome: Outcome) -> None:
         _tell(outcome)
         outcomes[outcome.model_type, outcome.architecture] = outcome
-        if out is not None and len(outcomes) % 50 == 0:
+        if out is not None and len(outcomes) % 20 == 0:
             write(out, summary(found, outcomes), outcomes.values(), time.monotonic() - begun)
 
     run([job for job in jobs if job not in outcomes], processes=options.processes, timeout_s=options.timeout, tell=tell)

@@ -28,7 +28,7 @@ import time
 import tomllib
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -247,18 +247,22 @@ def _end(superlink: subprocess.Popen[bytes], mark: str) -> None:
         with contextlib.suppress(psutil.Error):
             family = {*psutil.Process(superlink.pid).children(recursive=True)}
         superlink.send_signal(signal.SIGTERM)
-    left = [*family.union(_marked(mark))]
-    for process in left:
-        with contextlib.suppress(psutil.Error):
-            process.terminate()
-    due_s = time.monotonic() + 5
-    while (left := [process for process in left if _lives(process)]) and time.monotonic() < due_s:
-        _, left = psutil.wait_procs(left, timeout=0.2)
-    for process in {*left, *_marked(mark)}:
-        with contextlib.suppress(psutil.Error):
-            process.kill()
+    # The second round of killing is for what was being started while the first one looked.
+    for stop, patience_s in ((psutil.Process.terminate, 5.0), (psutil.Process.kill, 10.0), (psutil.Process.kill, 10.0)):
+        family = {process for process in family.union(_marked(mark)) if _lives(process)}
+        for process in family:
+            with contextlib.suppress(psutil.Error):
+                stop(process)
+        _wait_until_gone(family, patience_s)
     with contextlib.suppress(subprocess.TimeoutExpired):
         superlink.wait(timeout=5)
+
+
+def _wait_until_gone(processes: Iterable[psutil.Process], patience_s: float) -> None:
+    due_s = time.monotonic() + patience_s
+    left = [*processes]
+    while (left := [process for process in left if _lives(process)]) and time.monotonic() < due_s:
+        psutil.wait_procs(left, timeout=0.2)
 
 
 def _lives(process: psutil.Process) -> bool:

@@ -22,9 +22,11 @@ def table(result: Mapping[str, Any]) -> str:
     rows: Mapping[str, Mapping[str, int]] = result["auto_classes"]
     large = {name: row for name, row in rows.items() if row["registered"] >= FEW}
     small = [row for name, row in rows.items() if name not in large]
+    walked, registered = (sum(row[key] for row in rows.values()) for key in ("walked", "registered"))
+    part = "" if walked == registered else f" {walked:,} of {registered:,} entries walked so far."
     lines = [
         f"transformers {result['transformers']}, PyTorch {result['torch']}; loss and gradients within "
-        f"{result['tolerance']:g} of the largest element.",
+        f"{result['tolerance']:g} of the largest element.{part}",
         "",
         "| auto class | types | built and trained here | agree split | bit for bit | >= 90 % hosted |",
         "|---|---:|---:|---:|---:|---:|",

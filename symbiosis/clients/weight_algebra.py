@@ -423,25 +423,6 @@ def _in_place(operation: Callable[..., Any]) -> Callable[..., Any]:
     return replace
 
 
-def _add_in_place(left: Any, right: Any, *, alpha: float = 1) -> Any:
-    """`x += y` of Python: what `x` is called from now on. The object itself is not changed and of no use any more."""
-    return _replaced(left, _add(left, right, alpha=alpha)) if isinstance(left, RowTarget) else NotImplemented
-
-
-def _subtract_in_place(left: Any, right: Any, *, alpha: float = 1) -> Any:
-    return _replaced(left, _subtract(left, right, alpha=alpha)) if isinstance(left, RowTarget) else NotImplemented
-
-
-def _multiply_in_place(left: Any, right: Any) -> Any:
-    return _replaced(left, _multiply(left, right)) if isinstance(left, RowTarget) else NotImplemented
-
-
-def _replaced(old: RowTarget, new: Any) -> Any:
-    if new is NotImplemented or not old.give_up():
-        return NotImplemented
-    return new
-
-
 def _subtract(left: Any, right: Any, *, alpha: float = 1, out: Any = None) -> Any:
     if out is not None or (not isinstance(left, RowTarget) and alpha != 1):
         return NotImplemented

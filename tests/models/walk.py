@@ -448,6 +448,7 @@ def summary(found: Mapping[str, list[tuple[str, str]]], outcomes: Mapping[tuple[
         blocks = [outcome for outcome in agreeing if outcome.hosted is not None]
         rows[auto_name] = {
             "registered": len(entries),
+            "walked": len(mine),
             "trained": len(trained),
             "agree": len(agreeing),
             "exact": sum(outcome.exact for outcome in agreeing),
@@ -469,13 +470,16 @@ def table(rows: Mapping[str, Mapping[str, int]]) -> str:
     return "\n".join([head, *body])
 
 
-def write(path: Path, rows: Mapping[str, Any], outcomes: Iterable[Outcome], seconds: float) -> None:
-    """The results as JSON: counts, and every model class."""
+def write(
+    path: Path, rows: Mapping[str, Any], outcomes: Iterable[Outcome], seconds: float, *, continued: bool = False
+) -> None:
+    """The results as JSON: counts, and every model class; `continued` if an earlier walk's are among them."""
     data = {
         "transformers": transformers.__version__,
         "torch": torch.__version__,
         "tolerance": TOLERANCE,
         "seconds": round(seconds),
+        "continued": continued,
         "auto_classes": rows,
         "models": [asdict(outcome) for outcome in sorted(outcomes, key=lambda one: (one.model_type, one.architecture))],
     }
@@ -524,7 +528,13 @@ def main() -> int:
         _tell(outcome)
         outcomes[outcome.model_type, outcome.architecture] = outcome
         if out is not None and len(outcomes) % 20 == 0:
-            write(out, summary(found, outcomes), outcomes.values(), time.monotonic() - begun)
+            write(
+                out,
+                summary(found, outcomes),
+                outcomes.values(),
+                time.monotonic() - begun,
+                continued=bool(options.again),
+            )
 
     run([job for job in jobs if job not in outcomes], processes=options.processes, timeout_s=options.timeout, tell=tell)
     seconds, rows = time.monotonic() - begun, summary(found, outcomes)
@@ -532,7 +542,7 @@ def main() -> int:
     trained = [outcomes[job] for job in jobs if outcomes[job].status not in APART]
     agreeing = sum(one.status == AGREES for one in trained)
     if out is not None:
-        write(out, rows, outcomes.values(), seconds)
+        write(out, rows, outcomes.values(), seconds, continued=bool(options.again))
     _say(f"{seconds:.0f} s")
     _say(f"{agreeing} of {len(trained)}")
     return 0 if agreeing == len(trained) else 1

@@ -54,12 +54,7 @@ def test_a_method(method: Method) -> None:
         assert method.reason
 
 
-MERGES = {
-    "merge_adapter": {},
-    "merge_and_unload": {},
-    "merge_adapter, safe": {"safe_merge": True},
-    "merge_and_unload, safe": {"safe_merge": True},
-}
+MERGES: dict[str, dict[str, bool]] = {"merge_adapter": {}, "merge_and_unload": {"safe_merge": True}}
 
 
 @pytest.mark.parametrize("name", MERGES)
@@ -67,7 +62,7 @@ MERGES = {
 def test_merging_is_refused_or_right(method: Method, name: str, open_base: OpenBase) -> None:
     """Where no number of a hosted weight is needed PEFT merges as it does locally; otherwise it raises."""
     publish = "half" if method.verdict is Verdict.SPLIT else "all"
-    attempt, options = name.split(",", maxsplit=1)[0], MERGES[name]
+    options = MERGES[name]
     with quiet():
         local = method.apply(method.build())
         if not hasattr(local.base_model, "merge_and_unload"):
@@ -75,15 +70,15 @@ def test_merging_is_refused_or_right(method: Method, name: str, open_base: OpenB
         split = method.apply(open_base(method.build(), publish=publish).load(AutoModelForCausalLM))
         before = logits(method, split)
         try:
-            result = getattr(split, attempt)(**options)
+            result = getattr(split, name)(**options)
         except SymbiosisError:
             assert relative_error(logits(method, split), before) < TOLERANCE  # nothing is half merged
             return
         except (NotImplementedError, ValueError, TypeError, AttributeError) as error:  # PEFT's own refusal
             with pytest.raises(type(error)):
-                getattr(local, attempt)(**options)
+                getattr(local, name)(**options)
             return
-        expected = getattr(local, attempt)(**options)
+        expected = getattr(local, name)(**options)
         truth = logits(method, local if expected is None else expected)
         assert relative_error(logits(method, split if result is None else result), truth) < TOLERANCE
 

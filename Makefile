@@ -7,10 +7,10 @@ STAMP := $(VENV)/.installed
 OUT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo results test check format protos base clean
+.PHONY: help setup demo results test models tenant-install check format protos base clean
 
 help: ## Show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 setup: $(STAMP) ## Build the environment in .venv
 
@@ -33,6 +33,12 @@ results: setup ## Run the main job again and renew the README's figures
 
 test: setup ## Run all tests
 	$(BIN)/python -m pytest
+
+models: setup ## Walk the registry of transformers: every type split against local (docs/results/models.json)
+	$(BIN)/python tests/models/walk.py
+
+tenant-install: setup ## Install the package alone, as a tenant does, and use it against a host
+	$(BIN)/python -m pytest -m slow tests/test_tenant_install.py
 
 check: setup ## Format, lint and types
 	$(BIN)/ruff format --check .

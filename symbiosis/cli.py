@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import signal
 import sys
-from collections.abc import Mapping
+import time
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import click
 import typer
@@ -21,6 +24,11 @@ from rich.console import Console
 
 from symbiosis import __version__
 from symbiosis.errors import ConfigurationError, SymbiosisError
+
+if TYPE_CHECKING:
+    from symbiosis.clients.base import Base
+    from symbiosis.clients.finetune_config import BaseSource
+    from symbiosis.clients.generation import Chat, GenerationSettings, Writer
 
 app = typer.Typer(
     name="symbiosis",
@@ -119,6 +127,7 @@ def simulate(  # one option per setting; Typer reads them from the signature
     ] = "",
     out: Annotated[Path | None, typer.Option(help="Directory for everything; by default a new one in runs/.")] = None,
     control: Annotated[bool, typer.Option(help="Train on an ordinary local model too, and compare.")] = True,
+    weights: Annotated[str, typer.Option(help="How the host holds the base: float, or int8.")] = "float",
     json_: Json = False,
 ) -> None:
     """Run the main job: tenants fine-tune privately against one hosted base, run by Flower."""
@@ -134,6 +143,7 @@ def simulate(  # one option per setting; Typer reads them from the signature
         corpora=corpora,
         training=TrainingConfig(rounds=rounds, steps_per_round=steps),
         control=control,
+        weights=_storage(weights),
     )
     with Display(_console, config) as display:
         result = run_simulation(config, report=display.show)
@@ -141,6 +151,80 @@ def simulate(  # one option per setting; Typer reads them from the signature
     if json_:
         _print_json(result.to_json())
     raise typer.Exit(0 if result.sound else 1)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A TOML file; docs/train.md shows a whole one.")],
+    json_: Json = False,
+) -> None:
+    """Fine-tune privately on a hosted base, as a TOML file says."""
+    from symbiosis.clients.finetune_config import FineTuneConfig  # noqa: PLC0415 - commands load what they need
+
+    settings = FineTuneConfig.read(config)
+    _keep_to_oneself(settings.base)
+    from symbiosis.clients.finetune import prepare, run  # noqa: PLC0415
+    from symbiosis.clients.finetune_display import Display, summary  # noqa: PLC0415
+
+    # What libraries print is no part of the answer.
+    with contextlib.redirect_stdout(sys.stderr), Display(_console) as display:
+        plan = prepare(settings)
+        with _open_base(settings.base, ledger=plan.ledger) as base:
+            result = run(plan, base, display.show)
+    (_console if json_ else Console()).print(summary(result))
+    if json_:
+        _print_json(result.to_json())
+    raise typer.Exit(0 if result.sound else 1)
+
+
+@app.command()
+def generate(  # one option per setting; Typer reads them from the signature
+    address: Annotated[str, typer.Option(help="host:port of a host.")] = "",
+    identity: Annotated[Path | None, typer.Option(help="Directory of the key and certificates for it.")] = None,
+    base: Annotated[str, typer.Option(help="A model directory, a hub id, or `builtin`, hosted here instead.")] = "",
+    adapter: Annotated[Path | None, typer.Option(help="Directory of a saved PEFT adapter.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="One prompt; without it and --file, lines are read.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Prompts, one per line, or JSONL.")] = None,
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--no-chat", help="Use the chat template; by default when lines are read.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; more draws more freely.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    privacy: Annotated[str, typer.Option(help="The privacy mode.")] = "plaintext",
+    helper: Annotated[str | None, typer.Option(help="Address of a second host, for modes that need one.")] = None,
+    record: Annotated[Path | None, typer.Option(help="An empty directory for what the host sees.")] = None,
+    ledger: Annotated[Path | None, typer.Option(help="Ledger to continue or begin.")] = None,
+    json_: Json = False,
+) -> None:
+    """Generate with a hosted base and your adapter; text streams to standard output."""
+    from symbiosis.clients.finetune_config import BaseSource  # noqa: PLC0415
+
+    source = BaseSource(
+        address=address, identity=identity, path=base, privacy=privacy, helper=helper, record=record, ledger=ledger
+    )
+    _keep_to_oneself(source)
+    from symbiosis.clients.generation import GenerationSettings, Writer, read_prompts  # noqa: PLC0415
+
+    settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    if prompt is not None and file is not None:
+        raise ConfigurationError("--prompt and --file are given", "Give one of them")
+    prompts = read_prompts(file) if file is not None else [prompt] if prompt is not None else None
+    if prompts is None and json_:
+        raise ConfigurationError("--json needs prompts", "Give --prompt or --file")
+    with _open_base(source, ledger=ledger) as opened:
+        with contextlib.redirect_stdout(sys.stderr):
+            writer = Writer(opened, adapter)
+        if prompts is None:
+            _converse(writer, settings, chat=writer.chats if chat is None else chat)
+            return
+        wanted = [_as_chat(text) if chat and isinstance(text, str) else text for text in prompts]
+        answered = _answer(writer, wanted, settings, quiet=json_)
+        if json_:
+            fields = {"base": opened.manifest.base, "adapter": str(adapter or ""), "ledger": str(opened.ledger)}
+            traffic = {name: getattr(opened.traffic, name) for name in ("frames", "sent_bytes", "received_bytes")}
+            _print_json(fields | answered | {"traffic": traffic})
 
 
 @app.command()
@@ -209,6 +293,7 @@ def host_serve(
     ] = None,
     publish: Annotated[str, typer.Option(help="What tenants may fetch: nothing, half or all.")] = "half",
     dtype: Annotated[str, typer.Option(help="dtype of the hosted weights; auto keeps the file's.")] = "auto",
+    weights: Annotated[str, typer.Option(help="How they are held: float, or int8 with a scale per row.")] = "float",
     threads: Annotated[int, typer.Option(help="Threads of one product; 0 lets PyTorch choose.")] = 0,
     json_: Json = False,
 ) -> None:
@@ -226,7 +311,7 @@ def host_serve(
     config = ServiceConfig(address=listen)
     names = name or sorted({config.host, "127.0.0.1", "localhost"} - {"0.0.0.0", "::"})  # noqa: S104
     credentials = Authority.load(state).issue_host(names)
-    hosted = load_base(resolve_base(base), dtype=dtype, publish=_policy(publish))
+    hosted = load_base(resolve_base(base), dtype=dtype, publish=_policy(publish), storage=_storage(weights))
     with Host(hosted) as host, Service(host, credentials, config) as service, contextlib.suppress(KeyboardInterrupt):
         manifest = hosted.manifest
         _console.print(f"Serving {manifest.base}: {len(manifest.layers)} layers on {service.address} (Ctrl-C ends it)")
@@ -257,6 +342,124 @@ def audit_verify(
                 "head": {"sequence": verified.head.sequence, "hash": verified.head.hash},
             }
         )
+
+
+def _keep_to_oneself(source: BaseSource) -> None:
+    """Tell the libraries, before they are loaded, to report to nobody and to download nothing but a base asked for."""
+    quiet = {"HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"}
+    offline = set() if source.is_hub_id else {"HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"}
+    os.environ.update(dict.fromkeys(quiet | offline, "1"))
+    # Libraries telling each other what they will rename is nothing that a user can act on.
+    warnings.simplefilter("ignore", FutureWarning)
+
+
+def _open_base(source: BaseSource, *, ledger: Path | None) -> Base:
+    """Connect to a host, or host the base here; then `ledger` is where everything is entered."""
+    from transformers.utils import logging as transformers_logging  # noqa: PLC0415 - slow
+
+    transformers_logging.disable_progress_bar()
+    if source.identity is not None:
+        from symbiosis.clients import connect  # noqa: PLC0415
+
+        return connect(
+            source.address,
+            identity=source.identity,
+            privacy=source.privacy,
+            helper=source.helper,
+            record=source.record,
+            ledger=source.ledger,
+        )
+    from symbiosis.simulations import local_base  # noqa: PLC0415
+
+    return local_base(source.path, privacy=source.privacy, record=source.record, ledger=ledger)
+
+
+def _answer(writer: Writer, prompts: list[str | Chat], settings: GenerationSettings, *, quiet: bool) -> dict[str, Any]:
+    """Answer prompts one by one, each followed by a line feed."""
+    answers, tokens, started = [], 0, time.monotonic()
+    for prompt in prompts:
+        answer = writer.answer(prompt, settings, _ignore if quiet else _write)
+        answers.append({"prompt": prompt, "text": answer.text, "tokens": answer.tokens})
+        tokens += answer.tokens
+        if not quiet:
+            _write("\n")
+    seconds = time.monotonic() - started
+    _console.print(f"{tokens} tokens, {tokens / seconds:.1f} tokens/s", style="dim", highlight=False)
+    return {"answers": answers, "seconds": round(seconds, 3)}
+
+
+def _converse(writer: Writer, settings: GenerationSettings, *, chat: bool) -> None:
+    """Answer lines until there are no more. Ctrl-C ends the answer, at the prompt the program."""
+    from symbiosis.clients.generation import shortened  # noqa: PLC0415
+
+    turns: Chat = []
+    for line in _lines():
+        turns = [*turns, {"role": "user", "content": line}] if chat else []
+        try:
+            turns = shortened(turns, lambda shorter: writer.fits(shorter, settings))
+            with _interrupt_stops(writer):
+                answer = writer.answer(turns or line, settings, _write)
+        except ConfigurationError as error:
+            _fail(error, wants_json=False)
+            turns = turns[:-1]
+            continue
+        _write("\n")
+        turns = [*turns, {"role": "assistant", "content": answer.text}] if chat else []
+
+
+def _lines() -> Iterator[str]:
+    """Lines from standard input that say something; a person is shown where to write."""
+    person = sys.stdin.isatty()
+    if person:
+        _console.print("Write a line; Ctrl-C stops an answer, Ctrl-D ends.", style="dim", highlight=False)
+    while True:
+        if person:
+            sys.stderr.write("> ")
+            sys.stderr.flush()
+        line = sys.stdin.readline()
+        if not line:
+            break
+        if line.strip():
+            yield line.rstrip("\r\n")
+
+
+@contextlib.contextmanager
+def _interrupt_stops(writer: Writer) -> Iterator[None]:
+    """Let Ctrl-C stop the answer between two tokens; a second one ends the program."""
+
+    def stop(number: int, frame: object) -> None:
+        if writer.stopping:
+            _interrupt(number, frame)
+        writer.stop()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _as_chat(text: str) -> Chat:
+    return [{"role": "user", "content": text}]
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _ignore(_: str) -> None:
+    pass
+
+
+def _storage(name: str) -> Any:
+    from symbiosis.protocols.manifest import Storage  # noqa: PLC0415
+
+    try:
+        return Storage(name)
+    except ValueError:
+        names = ", ".join(storage.value for storage in Storage)
+        raise ConfigurationError(f"weights cannot be held as {name!r}", f"Choose one of {names}") from None
 
 
 def _policy(name: str) -> Any:

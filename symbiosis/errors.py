@@ -4,7 +4,8 @@
     ├── ConfigurationError         the user's settings; fix them and run again
     │   ├── UnknownBaseError       no model at that path or hub id
     │   ├── MissingCorpusError     no text where the corpus should be
-    │   └── UnsupportedError       a mode, transport or option that this version does not have
+    │   ├── UnsupportedError       a mode, transport or option that this version does not have
+    │   └── MissingExtraError      a package that only an extra of this distribution installs
     ├── ProtocolError              one side sent what the protocol does not allow; a repeat fails alike
     │   ├── FrameError             truncated, oversized or malformed bytes
     │   ├── UnknownLayerError      a layer that the manifest does not list
@@ -75,6 +76,12 @@ class UnsupportedError(ConfigurationError):
     """A privacy mode, transport or option that this version does not have."""
 
     code = "unsupported"
+
+
+class MissingExtraError(ConfigurationError):
+    """What was asked for needs a package that only an extra of this distribution installs."""
+
+    code = "missing-extra"
 
 
 class ProtocolError(SymbiosisError):

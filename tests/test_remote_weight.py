@@ -418,8 +418,16 @@ def test_writing_to_it_where_its_numbers_are_published(name: str, open_base: Ope
     before = weight + 0
     with pytest.raises(RemoteWeightError, match="cannot be written"), torch.no_grad():
         WRITES[name](weight)
-    weight[0].zero_()  # a view of a copy: allowed, and without effect on the weight
-    weight.flatten().add_(1)
+    for write in (  # to a view of the downloaded copy, where it would be lost
+        weight[0].zero_,
+        lambda: weight.flatten().add_(1),
+        lambda: weight.view(-1)[3:5].mul_(2),
+        lambda: operator.setitem(weight.data.reshape(-1), 0, 1.0),
+    ):
+        with pytest.raises(RemoteWeightError, match="cannot be written"):
+            write()
+    weight[0].clone().zero_()
+    (weight[0] * 2).zero_()
     assert torch.equal(weight + 0, before)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from symbiosis.clients.half import TenantHalf
 from symbiosis.clients.remote_weight import RemoteWeight, is_remote
+from symbiosis.clients.row_custody import mark_public
 from symbiosis.clients.session import Session, Traffic
 from symbiosis.clients.siblings import Multiplier
 from symbiosis.errors import ConfigurationError, UnknownBaseError
@@ -136,8 +137,12 @@ class Base:
         if (folder / "generation_config.json").is_file():
             kwargs.setdefault("generation_config", GenerationConfig.from_pretrained(folder))
         concrete = _concrete_class(model_class, config)
-        model = concrete.from_pretrained(None, config=config, state_dict=self._state_dict(), **kwargs)
+        state = self._state_dict()
+        model = concrete.from_pretrained(None, config=config, state_dict=dict(state), **kwargs)
+        if type(model).__name__ == self.manifest.architecture:
+            _put_right(model, state)
         model.requires_grad_(False)
+        self._mark_public(model)
         # PEFT looks a named base up on the hub when it saves an adapter; nothing but calls should leave a tenant.
         model.name_or_path = model.config.name_or_path = ""
         remote = {name for name, parameter in model.named_parameters() if is_remote(parameter)}
@@ -146,12 +151,34 @@ class Base:
         model._ddp_params_and_buffers_to_ignore = sorted(remote)
         return model
 
+    def _mark_public(self, model: Any) -> None:
+        """Parameters that came from the host; a new head, for example, did not."""
+        published, prefix = {entry.name for entry in self.manifest.tensors}, f"{model.base_model_prefix}."
+        for name, parameter in model.named_parameters():
+            if not is_remote(parameter) and published & {name, name.removeprefix(prefix), prefix + name}:
+                mark_public(parameter)
+
     def _state_dict(self) -> dict[str, torch.Tensor]:
         half = {entry.name: self._half.tensor(entry) for entry in self.manifest.tensors}
         return half | {
             layer.name: RemoteWeight(self._half, layer, dtype=stored_dtype(layer.dtype))
             for layer in self.manifest.layers
         }
+
+
+def _put_right(model: Any, state: Mapping[str, torch.Tensor]) -> None:
+    """Give parameters their numbers where the library gave them others.
+
+    It matches names with and without the prefix of the base model, and of two parameters that only the prefix tells
+    apart one gets the other's numbers.
+    """
+    for name, found in model.state_dict(keep_vars=True).items():
+        wanted = state.get(name)
+        if wanted is None or is_remote(found) or is_remote(wanted) or found.shape != wanted.shape:
+            continue
+        wanted = wanted.to(device=found.device, dtype=found.dtype)
+        if not found.detach().equal(wanted):
+            found.data = wanted.clone()  # not in place: it may be what another parameter was given by mistake
 
 
 def _is_model_class(auto_class: Any) -> bool:

@@ -114,6 +114,7 @@ class EgressGate:
             raise CustodyError("rows may not leave before the host's manifest is known", "Open the session first")
         width, _ = manifest.widths(call.layers, call.direction)
         check_rows(call.rows, width=width)  # rule 2
+        manifest.check_segments(call.layers, call.segments, rows=call.rows.shape[0])  # rule 2
         _check_encoding(call, encoded)
         layers = tuple(manifest.layers[position].name for position in call.layers)
         self._enter(

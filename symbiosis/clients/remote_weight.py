@@ -5,8 +5,9 @@ No module is replaced and no architecture is named, so PEFT, `Trainer` and `gene
 
 What it does, in the order in which an operation meets it:
 
-1. a product with rows (`F.linear`, `matmul`, `mm`, `addmm`) is a call to the host;
-2. an operation that only moves it about (`t`, `detach`, `clone`, dtype or device) gives another remote weight;
+1. a product with rows (`F.linear`, `matmul`, `addmm`, `bmm`, `grouped_mm`, ...: `row_products`) is a call to the host;
+2. an operation that only moves it about (`t`, `detach`, `clone`, one matrix of a stack, dtype or device) gives another
+   remote weight;
 3. an operation that would write to it, or make it trainable, raises `RemoteWeightError`;
 4. anything else needs its numbers: they are downloaded whole where the host's policy allows it, and the download is
    logged; otherwise `RemoteWeightError` says so.
@@ -19,13 +20,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, Self
 
 import torch
-import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from symbiosis.clients.read_only import ReadOnlyView
+from symbiosis.clients.row_custody import asked_by
+from symbiosis.clients.row_products import PRODUCTS, RowTarget
 from symbiosis.clients.siblings import Multiplier
+from symbiosis.clients.weight_algebra import ALGEBRA, changed_in_place, has_expression, with_numbers
 from symbiosis.errors import PolicyError, RemoteWeightError
 from symbiosis.protocols.manifest import Layer, Orientation
-from symbiosis.protocols.messages import Direction
+from symbiosis.protocols.messages import Direction, Segment
 
 _log = logging.getLogger(__name__)
 _aten = torch.ops.aten
@@ -45,20 +49,25 @@ class WeightSource(Protocol):
         ...
 
 
-class RemoteWeight(torch.Tensor):
-    """A frozen two-dimensional weight at the host; see the module's docstring.
+class RemoteWeight(RowTarget, torch.Tensor):
+    """A frozen weight at the host, one matrix or a stack of them; see the module's docstring.
 
     Args:
         source: products and, where the policy allows, the numbers.
         layer: the weight's entry in the manifest.
         dtype: dtype that the model sees; the host multiplies in the wider of this and its own.
         device: device that the model sees; answers come back to the device of the rows.
-        transposed: whether this is the stored weight's transpose.
+        transposed: whether this is the stored weight's transpose (of every matrix of a stack).
+        matrix: which matrix of a stack this is; `None` for all of it.
     """
 
     _source: WeightSource
     _layer: Layer
     _transposed: bool
+    _matrix: int | None
+    _is_copy: bool
+    """Whether it came from `clone` and nothing else stands for the same memory."""
+    _spent: bool
 
     @staticmethod
     def __new__(  # noqa: D102 - documented in the class
@@ -69,15 +78,24 @@ class RemoteWeight(torch.Tensor):
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         transposed: bool = False,
+        matrix: int | None = None,
     ) -> RemoteWeight:
-        rows, columns = layer.shape
-        sizes, strides = ((columns, rows), (1, columns)) if transposed else ((rows, columns), (columns, 1))
-        weight: RemoteWeight = torch.Tensor._make_wrapper_subclass(
-            cls, sizes, strides=strides, dtype=dtype, device=torch.device(device), requires_grad=False
+        *stack, rows, columns = layer.shape
+        count = stack if matrix is None else []
+        matrix_sizes, matrix_strides = (
+            ((columns, rows), (1, columns)) if transposed else ((rows, columns), (columns, 1))
         )
+        sizes = (*count, *matrix_sizes)
+        strides = (*(rows * columns for _ in count), *matrix_strides)
+        with torch.inference_mode(False):  # views of a weight that was made before inference mode need a version
+            weight: RemoteWeight = torch.Tensor._make_wrapper_subclass(
+                cls, sizes, strides=strides, dtype=dtype, device=torch.device(device), requires_grad=False
+            )
         weight._source = source
         weight._layer = layer
         weight._transposed = transposed
+        weight._matrix = matrix
+        weight._is_copy = weight._spent = False
         # Modules register it as a parameter, and loading code does not wrap it again.
         weight._is_param = True
         return weight
@@ -88,15 +106,44 @@ class RemoteWeight(torch.Tensor):
         return self._layer.name
 
     def multiply_rows(self, rows: torch.Tensor, *, transposed: bool) -> torch.Tensor:
-        """`rows @ W`, or `rows @ Wᵀ` if `transposed`; shape `(..., width)`, dtype and device of `rows`."""
+        """See `RowTarget`; dtype and device of the answer are those of `rows`, or autocast's dtype."""
+        direction, dtype = self._direction(transposed), _product_dtype(rows)
+        if self._matrix is None:
+            return self._source.multiplier.multiply(rows, self._layer.name, direction, dtype=dtype)
+        count = rows.numel() // max(1, rows.shape[-1])
+        segments = (Segment(matrix=self._matrix, rows=count),) if count else ()
+        return self._source.multiplier.multiply_stack(rows, self._layer.name, direction, segments, dtype=dtype)
+
+    def multiply_segments(
+        self, rows_TI: torch.Tensor, segments: tuple[Segment, ...], *, transposed: bool
+    ) -> torch.Tensor:
+        """See `RowTarget`; one message, whatever the number of matrices."""
+        direction, dtype = self._direction(transposed), _product_dtype(rows_TI)
+        return self._source.multiplier.multiply_stack(rows_TI, self._layer.name, direction, segments, dtype=dtype)
+
+    def numbers(self, reason: object = "an expression") -> torch.Tensor:
+        """See `RowTarget`."""
+        return self._download(reason)
+
+    def stands_for(self, other: RemoteWeight) -> bool:
+        """Whether both are the same weight, seen the same way."""
+        mine, its = ((x._source, x._layer.name, x._transposed, x._matrix, x.dtype) for x in (self, other))
+        return mine == its
+
+    def give_up(self) -> RemoteWeight | None:
+        """See `RowTarget`; only a clone can be given up."""
+        if not self._is_copy:
+            return None
+        heir, self._spent = self._like(), True
+        return heir
+
+    def _direction(self, transposed: bool) -> Direction:
+        if self._spent:
+            raise changed_in_place()
         # Stored as (out, in), `rows @ storedᵀ` is the layer's forward; stored as (in, out), `rows @ stored` is.
         stored_transposed = transposed != self._transposed
         is_forward = stored_transposed == (self._layer.orientation is Orientation.OUT_IN)
-        direction = Direction.FORWARD if is_forward else Direction.BACKWARD
-        dtype = rows.dtype
-        if torch.is_autocast_enabled(rows.device.type) and dtype is not torch.float64:  # which autocast leaves alone
-            dtype = torch.get_autocast_dtype(rows.device.type)
-        return self._source.multiplier.multiply(rows, self._layer.name, direction, dtype=dtype)
+        return Direction.FORWARD if is_forward else Direction.BACKWARD
 
     @classmethod
     def __torch_function__(
@@ -108,11 +155,14 @@ class RemoteWeight(torch.Tensor):
     ) -> Any:
         """Rules 1 and 3, at the level of public functions; the rest goes on to `__torch_dispatch__`."""
         kwargs = kwargs or {}
-        handler = _FUNCTIONS.get(func)
-        if handler is not None:
-            result = handler(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
+        for table in (PRODUCTS, _WRITES, ALGEBRA):
+            handler = table.get(func)
+            if handler is not None:
+                result = handler(*args, **kwargs)
+                if result is not NotImplemented:
+                    return result
+        if has_expression(args, kwargs):
+            return with_numbers(func, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -128,14 +178,18 @@ class RemoteWeight(torch.Tensor):
         kwargs = kwargs or {}
         mover = _MOVES.get(func)
         if mover is not None and isinstance(args[0], RemoteWeight):
-            return mover(*args, **kwargs)
+            moved = mover(*args, **kwargs)
+            if moved is not NotImplemented:
+                return moved
         if func in _FACTORIES:
             args, kwargs = tree_map_only(RemoteWeight, _stand_in, (args, kwargs))
             return func(*args, **kwargs)
         if func._schema.is_mutable:
             _refuse_writing(func, args, kwargs)
+        is_view = isinstance(args[0], RemoteWeight) and any(value.alias_info for value in func._schema.returns)
         args, kwargs = tree_map_only(RemoteWeight, lambda weight: weight._download(func), (args, kwargs))
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        return tree_map_only(torch.Tensor, _read_only, result) if is_view else result
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Frozen it is and frozen it stays.
@@ -173,33 +227,54 @@ class RemoteWeight(torch.Tensor):
         return f"RemoteWeight({self._layer.name}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
     def _like(
-        self, *, dtype: torch.dtype | None = None, device: torch.device | None = None, flip: bool = False
+        self,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        flip: bool = False,
+        matrix: int | None = None,
     ) -> RemoteWeight:
         if device is not None and device.type == "meta":
             raise RemoteWeightError(f"{self._layer.name} lives at the host and cannot move to `meta`", _AT_HOST)
+        if self._spent:
+            raise changed_in_place()
+        self._is_copy = False  # what comes now may share its memory
         return RemoteWeight(
             self._source,
             self._layer,
             dtype=dtype or self.dtype,
             device=device or self.device,
             transposed=self._transposed != flip,
+            matrix=self._matrix if matrix is None else matrix,
         )
 
     def _download(self, func: Any) -> torch.Tensor:
+        if self._spent:
+            raise changed_in_place()
         try:
             stored = self._source.download(self._layer.name)
         except PolicyError as error:
             raise RemoteWeightError(
-                f"{func} needs the numbers of {self._layer.name}, which lives at the host", error.next_action + _MERGE
+                f"{func} needs the numbers of {self._layer.name}, which lives at the host{asked_by()}; {_NEVER_SENT}",
+                error.next_action + _MERGE,
             ) from error
         _log.info("%s needs the numbers of %s: downloaded", func, self._layer.name)
         # A copy: what an operation does to a view of it must not change what the next one is given.
         stored = stored.to(dtype=self.dtype, device=self.device, copy=True)
-        return stored.T if self._transposed else stored
+        stored = stored if self._matrix is None else stored[self._matrix]
+        return stored.mT if self._transposed else stored
 
 
 _AT_HOST = "Only the host holds its numbers; multiply rows by it, or load the base locally"
+_NEVER_SENT = "they could be computed there, but a tenant's own parameters are never sent"
 _MERGE = ". To merge an adapter, load it on the full base with `PeftModel.from_pretrained` and merge there"
+
+
+def _product_dtype(rows: torch.Tensor) -> torch.dtype:
+    """What rows are multiplied in: their own dtype, or autocast's, which leaves float64 alone."""
+    if torch.is_autocast_enabled(rows.device.type) and rows.dtype is not torch.float64:
+        return torch.get_autocast_dtype(rows.device.type)
+    return rows.dtype
 
 
 def is_remote(tensor: object) -> bool:
@@ -207,42 +282,8 @@ def is_remote(tensor: object) -> bool:
     return isinstance(tensor, RemoteWeight)
 
 
-def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:  # noqa: A002
-    if is_remote(input) or is_remote(bias) or not isinstance(weight, RemoteWeight):
-        return NotImplemented
-    result = weight.multiply_rows(input, transposed=True)
-    return result if bias is None else result + bias.to(result.dtype)
-
-
-def _matmul(left: torch.Tensor, right: torch.Tensor) -> Any:
-    if isinstance(right, RemoteWeight) and not is_remote(left):
-        return right.multiply_rows(left, transposed=False)
-    if isinstance(left, RemoteWeight) and not is_remote(right):
-        if right.dim() == 1:
-            return left.multiply_rows(right, transposed=True)
-        return left.multiply_rows(right.mT, transposed=True).mT
-    return NotImplemented
-
-
-def _rmatmul(right: torch.Tensor, left: torch.Tensor) -> Any:
-    return _matmul(left, right)
-
-
-def _addmm(
-    input: torch.Tensor,  # noqa: A002
-    mat1: torch.Tensor,
-    mat2: torch.Tensor,
-    *,
-    beta: float = 1,
-    alpha: float = 1,
-) -> Any:
-    result = NotImplemented if is_remote(input) else _matmul(mat1, mat2)
-    if result is NotImplemented:
-        return result
-    scaled = result if alpha == 1 else result * alpha
-    if beta == 0:  # the input is not read, whatever it holds
-        return scaled
-    return scaled + (input if beta == 1 else input * beta).to(result.dtype)
+def _read_only(view: torch.Tensor) -> torch.Tensor:
+    return view.as_subclass(ReadOnlyView)
 
 
 def _set_requires_grad(weight: torch.Tensor, requires_grad: bool) -> Any:
@@ -254,6 +295,13 @@ def _set_requires_grad(weight: torch.Tensor, requires_grad: bool) -> Any:
 def _set_data(weight: torch.Tensor, value: torch.Tensor) -> Any:
     if isinstance(weight, RemoteWeight) and not is_remote(value):
         raise _written(weight)
+    return NotImplemented
+
+
+def _set_to(weight: torch.Tensor, value: object = None, *_: Any) -> Any:
+    """`set_` to the very same weight, as `nn.utils.parametrize` does, changes nothing."""
+    if isinstance(weight, RemoteWeight) and isinstance(value, RemoteWeight) and weight.stands_for(value):
+        return weight
     return NotImplemented
 
 
@@ -300,12 +348,29 @@ def _same(weight: RemoteWeight, **_: Any) -> RemoteWeight:
     return weight._like()
 
 
-def _transpose(weight: RemoteWeight, first: int = 0, second: int = 1) -> RemoteWeight:
-    return weight._like(flip=first % 2 != second % 2)
+def _clone(weight: RemoteWeight, **_: Any) -> RemoteWeight:
+    was_copy, copy = weight._is_copy, weight._like()
+    weight._is_copy, copy._is_copy = was_copy, True
+    return copy
 
 
-def _permute(weight: RemoteWeight, dims: Sequence[int]) -> RemoteWeight:
-    return weight._like(flip=dims[0] % 2 == 1)  # `W.T`
+def _transpose(weight: RemoteWeight, first: int = 0, second: int = 1) -> Any:
+    ends = {first % weight.dim(), second % weight.dim()}
+    if len(ends) == 2 and ends != {weight.dim() - 2, weight.dim() - 1}:
+        return NotImplemented  # moves the matrices of a stack
+    return weight._like(flip=len(ends) == 2)
+
+
+def _permute(weight: RemoteWeight, dims: Sequence[int]) -> Any:
+    order, last = [dim % weight.dim() for dim in dims], weight.dim() - 1
+    flipped = [*range(last - 1), last, last - 1]
+    return weight._like(flip=order == flipped) if order in (flipped, sorted(order)) else NotImplemented
+
+
+def _select(weight: RemoteWeight, dim: int, index: int) -> Any:
+    if weight.dim() != 3 or dim % 3 != 0:
+        return NotImplemented
+    return weight._like(matrix=index % weight.shape[0])
 
 
 def _stand_in(weight: RemoteWeight) -> torch.Tensor:
@@ -313,33 +378,24 @@ def _stand_in(weight: RemoteWeight) -> torch.Tensor:
     return torch.empty((), dtype=weight.dtype, device=weight.device).expand(weight.shape)
 
 
-_FUNCTIONS: dict[Any, Callable[..., Any]] = {
-    F.linear: _linear,
-    torch.matmul: _matmul,
-    torch.mm: _matmul,
-    torch.Tensor.matmul: _matmul,
-    torch.Tensor.mm: _matmul,
-    torch.Tensor.__matmul__: _matmul,
-    torch.Tensor.__rmatmul__: _rmatmul,
-    torch.mv: _matmul,
-    torch.Tensor.mv: _matmul,
-    torch.addmm: _addmm,
-    torch.Tensor.addmm: _addmm,
+_WRITES: dict[Any, Callable[..., Any]] = {
     torch.Tensor.requires_grad.__set__: _set_requires_grad,  # type: ignore[attr-defined]
     torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     torch.Tensor.__setitem__: _set_item,
     torch.Tensor.numpy: _to_numpy,
     torch.Tensor.tolist: _to_list,
 }
-_MOVES: dict[Any, Callable[..., RemoteWeight]] = {
+_MOVES: dict[Any, Callable[..., Any]] = {
     _aten.detach.default: _same,
     _aten.alias.default: _same,
-    _aten.clone.default: _same,
+    _aten.clone.default: _clone,
     _aten.lift_fresh.default: _same,
     _aten._to_copy.default: _to_copy,
     _aten.t.default: _transpose,
     _aten.transpose.int: _transpose,
     _aten.permute.default: _permute,
+    _aten.select.int: _select,
+    _aten.set_.source_Tensor: _set_to,
 }
 _FACTORIES = {
     _aten.empty_like.default,

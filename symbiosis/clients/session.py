@@ -19,7 +19,18 @@ from symbiosis.protocols.canonical import sha256_hex
 from symbiosis.protocols.codec import Reply, Request, encode_request
 from symbiosis.protocols.limits import MAX_HEADER_BYTES, MAX_MANIFEST_BYTES, MAX_MESSAGE_BYTES, PROTOCOL_VERSION
 from symbiosis.protocols.manifest import Manifest
-from symbiosis.protocols.messages import Answer, Blob, BlobKind, Call, Direction, Fetch, Hello, Welcome, split_rows
+from symbiosis.protocols.messages import (
+    Answer,
+    Blob,
+    BlobKind,
+    Call,
+    Direction,
+    Fetch,
+    Hello,
+    Segment,
+    Welcome,
+    split_rows,
+)
 from symbiosis.protocols.transport import Transport
 
 
@@ -79,13 +90,20 @@ class Session:
                 rows=self._rows,
             )
 
-    def multiply(self, layers: tuple[int, ...], direction: Direction, rows_TI: torch.Tensor) -> torch.Tensor:
+    def multiply(
+        self,
+        layers: tuple[int, ...],
+        direction: Direction,
+        rows_TI: torch.Tensor,
+        segments: tuple[Segment, ...] = (),
+    ) -> torch.Tensor:
         """Multiply rows by a group of the host's layers.
 
         Args:
             layers: positions in the manifest.
             direction: which product.
             rows_TI: two dimensions, at least one row, on the CPU.
+            segments: for a stack, which matrix each row meets.
 
         Returns:
             `y_TO` in the dtype of `rows_TI`.
@@ -96,8 +114,8 @@ class Session:
         manifest = _require(self.manifest)
         width_out = manifest.widths(layers, direction)[1]
         widest = max(rows_TI.shape[1], width_out)
-        pieces = split_rows(rows_TI, widest=widest, max_bytes=self._max_message_bytes)
-        answers = [self._call(layers, direction, piece.contiguous(), width_out) for piece in pieces]
+        pieces = split_rows(rows_TI, segments, widest=widest, max_bytes=self._max_message_bytes)
+        answers = [self._call(layers, direction, piece.contiguous(), part, width_out) for piece, part in pieces]
         return answers[0] if len(answers) == 1 else torch.cat(answers)
 
     def fetch(self, kind: BlobKind, name: str, *, max_bytes: int) -> bytes:
@@ -139,13 +157,18 @@ class Session:
         return Manifest.from_json(data)
 
     def _call(
-        self, layers: tuple[int, ...], direction: Direction, rows_TI: torch.Tensor, width_out: int
+        self,
+        layers: tuple[int, ...],
+        direction: Direction,
+        rows_TI: torch.Tensor,
+        segments: tuple[Segment, ...],
+        width_out: int,
     ) -> torch.Tensor:
         with self._lock:
             number = self._next_number()
             hidden_TI = self._mechanism.conceal(rows_TI, layers=layers, direction=direction, number=number)
             reply_bytes = rows_TI.shape[0] * width_out * hidden_TI.element_size()
-            call = Call(number=number, layers=layers, direction=direction, rows=hidden_TI)
+            call = Call(number=number, layers=layers, direction=direction, rows=hidden_TI, segments=segments)
             reply = self._exchange(call, max_reply_bytes=reply_bytes)
             self._rows += rows_TI.shape[0]
         if not isinstance(reply, Answer) or reply.number != number:

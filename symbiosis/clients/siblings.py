@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from symbiosis.clients.product import product
+from symbiosis.clients.product import Product
 from symbiosis.clients.session import Session
 from symbiosis.errors import ProtocolError
 from symbiosis.protocols.manifest import Manifest
-from symbiosis.protocols.messages import Direction
+from symbiosis.protocols.messages import Direction, Segment
 
 MAX_MISSES = 8
 """How often a group may turn out wrong before its first layer is called alone for good."""
@@ -94,6 +94,23 @@ class Multiplier:
             self._finish()
             return self._begin(rows, version, dtype, layer)
 
+    def multiply_stack(
+        self, rows: torch.Tensor, name: str, direction: Direction, segments: tuple[Segment, ...], *, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The products of rows with matrices of the stack called `name`, all in one message.
+
+        Args:
+            rows: shape `(..., I)`; packed, they are what `segments` speak of.
+            name: full name of a hosted stack.
+            direction: as `multiply`.
+            segments: which matrix each row meets.
+            dtype: what the rows are cast to.
+
+        Returns:
+            Shape `(..., O)`, of `dtype`, on the device of `rows`.
+        """
+        return self._products(rows.to(dtype), (self.manifest.position(name),), direction, segments)[0]
+
     def forget(self) -> None:
         """Let go of the last tensor and of the answers kept for it."""
         with self._lock:
@@ -124,10 +141,10 @@ class Multiplier:
         elif len(occasion.met) > 1 and self._misses[leader] < MAX_MISSES:
             self._groups[leader] = tuple(occasion.met)
 
-    def _products(self, rows: torch.Tensor, group: tuple[int, ...], direction: Direction) -> tuple[torch.Tensor, ...]:
-        layers = [self.manifest.layers[position] for position in group]
-        widths = [layer.out_width if direction is Direction.FORWARD else layer.in_width for layer in layers]
-        return product(rows, self.session, group, direction, widths)
+    def _products(
+        self, rows: torch.Tensor, group: tuple[int, ...], direction: Direction, segments: tuple[Segment, ...] = ()
+    ) -> tuple[torch.Tensor, ...]:
+        return Product(session=self.session, layers=group, direction=direction, segments=segments).of(rows)
 
 
 def _recorded(rows: torch.Tensor) -> tuple[bool, ...]:

@@ -22,8 +22,8 @@ from google.protobuf.message import DecodeError
 
 from symbiosis.errors import DtypeError, FrameError, ShapeError
 from symbiosis.protocols._generated import symbiosis_wire_pb2 as pb
-from symbiosis.protocols.limits import MAX_CHUNK_BYTES, MAX_GROUP_LAYERS, MAX_HEADER_BYTES, MAX_NAME_CHARS
-from symbiosis.protocols.messages import Answer, Blob, BlobKind, Call, Direction, Fetch, Hello, Welcome
+from symbiosis.protocols.limits import MAX_CHUNK_BYTES, MAX_GROUP_LAYERS, MAX_HEADER_BYTES, MAX_NAME_CHARS, MAX_SEGMENTS
+from symbiosis.protocols.messages import Answer, Blob, BlobKind, Call, Direction, Fetch, Hello, Segment, Welcome
 from symbiosis.protocols.status import Refusal
 from symbiosis.protocols.tensors import tensor_bytes, tensor_from_bytes
 
@@ -101,6 +101,8 @@ def encode_request(message: Request) -> Encoded:
                     rows=message.rows.shape[0],
                     width=message.rows.shape[1],
                     byte_count=len(payload),
+                    segment_matrices=[segment.matrix for segment in message.segments],
+                    segment_rows=[segment.rows for segment in message.segments],
                 )
             )
         case Fetch():
@@ -324,11 +326,20 @@ def _read_call(
         raise ShapeError(f"rows of width {call.width} do not fit layers that take {width}", "Send rows of that width")
     dtype, shape = _tensor_spec(call.dtype, call.rows, call.width, call.byte_count, max_message_bytes)
 
+    segments = _read_segments(call)
+
     def finish(data: bytearray) -> Request:
         rows = tensor_from_bytes(data, dtype=dtype, shape=shape)
-        return Call(number=call.number, layers=layers, direction=direction, rows=rows)
+        return Call(number=call.number, layers=layers, direction=direction, rows=rows, segments=segments)
 
     return Pending(byte_count=call.byte_count, finish=finish)
+
+
+def _read_segments(call: pb.Call) -> tuple[Segment, ...]:
+    if len(call.segment_matrices) != len(call.segment_rows) or len(call.segment_rows) > MAX_SEGMENTS:
+        raise FrameError(f"a call has {len(call.segment_rows)} segments of {len(call.segment_matrices)} matrices")
+    pairs = zip(call.segment_matrices, call.segment_rows, strict=True)
+    return tuple(Segment(matrix=matrix, rows=rows) for matrix, rows in pairs)
 
 
 def _read_answer(answer: pb.Answer, number: int, limit: int) -> Pending[Reply]:

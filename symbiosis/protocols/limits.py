@@ -16,6 +16,9 @@ MAX_HEADER_BYTES: Final = 64 << 10
 MAX_GROUP_LAYERS: Final = 4096
 """Layers that one call may name."""
 
+MAX_SEGMENTS: Final = 16_384
+"""Segments that one call of a stack of weights may have."""
+
 MAX_MESSAGE_BYTES: Final = 64 << 20
 """Payload of one call or answer (bytes); a tenant splits longer calls by rows, which changes no number."""
 

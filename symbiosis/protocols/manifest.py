@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -13,7 +13,7 @@ from typing import Any
 from symbiosis.errors import FrameError, PolicyError, ShapeError, UnknownLayerError, VersionError
 from symbiosis.protocols.canonical import canonical_json, sha256_hex
 from symbiosis.protocols.limits import MAX_BLOB_BYTES, MAX_GROUP_LAYERS, MAX_MANIFEST_BYTES, MAX_NAME_CHARS
-from symbiosis.protocols.messages import Direction
+from symbiosis.protocols.messages import Direction, Segment
 from symbiosis.protocols.tensors import STORED_DTYPES, byte_count
 
 MANIFEST_VERSION = 1
@@ -32,6 +32,15 @@ class Publish(Enum):
     """Hosted weights too, when a tenant meets an operation that needs their numbers."""
 
 
+class Storage(Enum):
+    """In what a host holds its weights; the same for every tenant."""
+
+    FLOAT = "float"
+    """As they came."""
+    INT8 = "int8"
+    """Eight-bit integers, one scale per output row."""
+
+
 class Orientation(Enum):
     """How a hosted weight is stored."""
 
@@ -47,22 +56,27 @@ class Layer:
 
     name: str
     """Full parameter name in the model, for example `model.layers.0.self_attn.q_proj.weight`."""
-    shape: tuple[int, int]
-    """Shape as stored."""
+    shape: tuple[int, ...]
+    """Shape as stored: two dimensions, or three for a stack of matrices (the experts of a mixture)."""
     orientation: Orientation
     dtype: str
     digest: str
-    """SHA-256 of the elements as stored, little endian."""
+    """SHA-256 of the elements in `dtype`, little endian; of what they are rounded to where the host rounds them."""
 
     @property
     def in_width(self) -> int:
         """Width of the rows that go in (forward)."""
-        return self.shape[1] if self.orientation is Orientation.OUT_IN else self.shape[0]
+        return self.shape[-1] if self.orientation is Orientation.OUT_IN else self.shape[-2]
 
     @property
     def out_width(self) -> int:
         """Width of the rows that come out (forward)."""
-        return self.shape[0] if self.orientation is Orientation.OUT_IN else self.shape[1]
+        return self.shape[-2] if self.orientation is Orientation.OUT_IN else self.shape[-1]
+
+    @property
+    def matrices(self) -> int | None:
+        """How many matrices the stack has; `None` for a single matrix."""
+        return self.shape[0] if len(self.shape) == 3 else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +111,7 @@ class Manifest:
     tensors: tuple[PublishedTensor, ...] = ()
     files: tuple[PublishedFile, ...] = ()
     publish: Publish = Publish.HALF
+    storage: Storage = Storage.FLOAT
     version: int = MANIFEST_VERSION
     _index: dict[str, int] = field(init=False, repr=False, compare=False, default_factory=dict)
 
@@ -136,8 +151,8 @@ class Manifest:
             if not 0 <= position < len(self.layers):
                 raise _unknown(f"number {position}", self)
         layers = tuple(self.layers[position] for position in wanted)
-        if len({layer.in_width for layer in layers}) != 1:
-            raise ShapeError("the layers of one call take rows of different widths", "Call them one by one")
+        if len({layer.in_width for layer in layers}) != 1 or len({layer.matrices is None for layer in layers}) != 1:
+            raise ShapeError("the layers of one call take rows of different kinds", "Call them one by one")
         return layers
 
     def widths(self, positions: Iterable[int], direction: Direction) -> tuple[int, int]:
@@ -151,6 +166,23 @@ class Manifest:
         inner, outer = layers[0].in_width, sum(layer.out_width for layer in layers)
         return (inner, outer) if direction is Direction.FORWARD else (outer, inner)
 
+    def check_segments(self, positions: Iterable[int], segments: Sequence[Segment], *, rows: int) -> None:
+        """Check that `segments` say which matrix each of `rows` rows meets, if and only if the layer is a stack.
+
+        Raises:
+            UnknownLayerError: as `group`, or a matrix that the stack does not have.
+            ShapeError: segments for a single matrix, none for a stack, or ones that do not add up.
+        """
+        layers = self.group(positions)
+        matrices = layers[0].matrices
+        if matrices is None and not segments:
+            return
+        if matrices is None or len(layers) != 1 or not segments or sum(segment.rows for segment in segments) != rows:
+            raise ShapeError("a call's segments do not fit its layers", "Name every row of a stack once, and no other")
+        for segment in segments:
+            if not 0 <= segment.matrix < matrices or segment.rows < 1:
+                raise _unknown(f"matrix {segment.matrix} in {layers[0].name!r}", self)
+
     def file(self, name: str) -> PublishedFile | None:
         """The published file called `name`, or `None`."""
         return next((file for file in self.files if file.name == name), None)
@@ -162,6 +194,7 @@ class Manifest:
             fields
             | {
                 "publish": self.publish.value,
+                "storage": self.storage.value,
                 "layers": [asdict(layer) | {"orientation": layer.orientation.value} for layer in self.layers],
                 "tensors": [asdict(tensor) for tensor in self.tensors],
                 "files": [asdict(file) for file in self.files],
@@ -195,6 +228,7 @@ class Manifest:
                 base=_text(fields["base"]),
                 architecture=_text(fields["architecture"]),
                 publish=Publish(fields["publish"]),
+                storage=Storage(fields["storage"]),
                 layers=layers,
                 tensors=tensors,
                 files=files,
@@ -256,13 +290,15 @@ def _refuse_twins(names: list[str]) -> None:
 
 
 def _layer(entry: Mapping[str, Any]) -> Layer:
-    rows, columns = (_count(side) for side in entry["shape"])
+    shape = tuple(_count(side) for side in entry["shape"])
+    if len(shape) not in {2, 3}:
+        raise ValueError(f"a layer has {len(shape)} dimensions")
     dtype = _dtype(entry["dtype"])
-    if _count(byte_count((rows, columns), STORED_DTYPES[dtype])) == 0:
+    if _count(byte_count(shape, STORED_DTYPES[dtype])) == 0:
         raise ValueError("a layer has no elements")
     return Layer(
         name=_text(entry["name"]),
-        shape=(rows, columns),
+        shape=shape,
         orientation=Orientation(entry["orientation"]),
         dtype=dtype,
         digest=_digest(entry["digest"]),

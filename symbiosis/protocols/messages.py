@@ -5,7 +5,7 @@ Shape legend: T rows (packed tokens, no padding), I input width of a group, O su
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -68,6 +68,16 @@ class Welcome:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """Rows, one after the other, that meet one matrix of a stack."""
+
+    matrix: int
+    """Position in the stack, from 0."""
+    rows: int
+    """How many rows."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Call:
     """Rows to be multiplied by a group of frozen layers. A pure function: repeating it is harmless."""
 
@@ -78,6 +88,8 @@ class Call:
     direction: Direction
     rows: torch.Tensor
     """`x_TI` (forward) or `g_TO` (backward), contiguous, on the CPU, one of `WIRE_DTYPES`."""
+    segments: tuple[Segment, ...] = ()
+    """For a stack of weights: which rows meet which matrix; together all rows, in order. Empty for a single matrix."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,11 +154,26 @@ def finite(rows: torch.Tensor) -> bool:
     return bool(torch.isfinite(rows.sum())) or bool(torch.isfinite(rows).all())
 
 
-def split_rows(rows: torch.Tensor, *, widest: int, max_bytes: int) -> Sequence[torch.Tensor]:
+def split_rows(
+    rows: torch.Tensor, segments: Sequence[Segment] = (), *, widest: int, max_bytes: int
+) -> Iterator[tuple[torch.Tensor, tuple[Segment, ...]]]:
     """Cut rows into pieces whose payload, in the wider of both directions, stays within `max_bytes`.
 
-    Rows are independent, so the answers put together again are the answer of the whole.
+    Rows are independent, so the answers put together again are the answer of the whole. Each piece comes with its part
+    of `segments`.
     """
     per_row_bytes = max(1, widest * rows.element_size())
-    pieces: Sequence[torch.Tensor] = rows.split(max(1, max_bytes // per_row_bytes))
-    return pieces
+    start = 0
+    for piece in rows.split(max(1, max_bytes // per_row_bytes)):
+        yield piece, tuple(_cut(segments, start, start + piece.shape[0]))
+        start += piece.shape[0]
+
+
+def _cut(segments: Sequence[Segment], start: int, end: int) -> Iterator[Segment]:
+    """The part of `segments` that covers the rows from `start` to `end`."""
+    position = 0
+    for segment in segments:
+        first, last = max(start, position), min(end, position + segment.rows)
+        if first < last:
+            yield Segment(matrix=segment.matrix, rows=last - first)
+        position += segment.rows

@@ -20,12 +20,13 @@ from symbiosis.protocols.manifest import (
     Publish,
     PublishedFile,
     PublishedTensor,
+    Storage,
     require_published,
 )
 from symbiosis.protocols.messages import WIRE_DTYPES, dtype_name
 from symbiosis.protocols.tensors import byte_count, tensor_digest
-from symbiosis.server.linear import Weight
 from symbiosis.server.selection import hosted_parameters
+from symbiosis.server.weight import Weight, quantised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,7 +80,7 @@ class HostedBase:
             )
         if tensor is None:
             require_published(self.manifest, name)
-            tensor = self.weights[self.manifest.position(name)][0]
+            tensor = self.weights[self.manifest.position(name)].dense()
         return bytes(safetensors.torch.save({"tensor": tensor.detach().contiguous().cpu()}))
 
     def file_blob(self, name: str) -> bytes:
@@ -95,15 +96,21 @@ class HostedBase:
 
 
 def host_model(
-    model: PreTrainedModel, *, name: str, files: Mapping[str, bytes] | None = None, publish: Publish = Publish.HALF
+    model: PreTrainedModel,
+    *,
+    name: str,
+    files: Mapping[str, bytes] | None = None,
+    publish: Publish = Publish.HALF,
+    storage: Storage = Storage.FLOAT,
 ) -> HostedBase:
-    """Host a model that is in memory. The model is not changed; its weights are shared, not copied.
+    """Host a model that is in memory. The model is not changed; its weights are shared, unless they are rounded.
 
     Args:
         model: a `transformers` model without trainable parameters.
         name: what to call it.
         files: files to publish; the configuration is taken from the model where it is missing.
         publish: what tenants may fetch.
+        storage: in what the weights are held.
 
     Raises:
         ConfigurationError: a parameter is trainable, or there is no layer to host.
@@ -113,18 +120,20 @@ def host_model(
     if not hosted:
         raise ConfigurationError(f"{name} has no linear layers in repeated blocks", "Host a transformer")
     remote = {full_name for full_name, _, _ in hosted}
+    weights = [_weight(parameter, orientation, storage) for _, parameter, orientation in hosted]
     tensors = _half(model, remote)
     published = dict(_model_files(model) | dict(files or {}))
     return HostedBase(
         manifest=Manifest(
             base=name,
             architecture=type(model).__name__,
-            layers=tuple(_layer(*entry) for entry in hosted),
+            layers=tuple(_layer(entry[0], weight) for entry, weight in zip(hosted, weights, strict=True)),
             tensors=tuple(_published_tensor(key, tensor) for key, tensor in tensors.items()),
             files=tuple(_published_file(key, data) for key, data in published.items()),
             publish=publish,
+            storage=storage,
         ),
-        weights=tuple((parameter.detach(), orientation) for _, parameter, orientation in hosted),
+        weights=tuple(weights),
         tensors=tensors,
         files=published,
     )
@@ -145,7 +154,12 @@ def refuse_trainable(parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
 
 
 def load_base(
-    path: str, *, dtype: str = "auto", publish: Publish = Publish.HALF, revision: str | None = None
+    path: str,
+    *,
+    dtype: str = "auto",
+    publish: Publish = Publish.HALF,
+    storage: Storage = Storage.FLOAT,
+    revision: str | None = None,
 ) -> HostedBase:
     """Load a base from a local directory or a hub id, shard by shard from safetensors.
 
@@ -153,6 +167,7 @@ def load_base(
         path: a directory with `config.json` and safetensors, or an id on the Hugging Face hub.
         dtype: dtype of the hosted weights; `auto` keeps the file's.
         publish: what tenants may fetch.
+        storage: in what the weights are held.
         revision: branch, tag or commit of a hub id.
 
     Raises:
@@ -179,7 +194,9 @@ def load_base(
     model.requires_grad_(False)
     files = {name: (folder / name).read_bytes() for name in PUBLISHED_FILES if (folder / name).is_file()}
     files["config.json"] = _model_files(model)["config.json"]
-    return host_model(model, name=folder.name if Path(path).is_dir() else path, files=files, publish=publish)
+    return host_model(
+        model, name=folder.name if Path(path).is_dir() else path, files=files, publish=publish, storage=storage
+    )
 
 
 def _folder(path: str, revision: str | None) -> Path:
@@ -223,14 +240,19 @@ def _model_files(model: PreTrainedModel) -> dict[str, bytes]:
     return files
 
 
-def _layer(name: str, parameter: torch.Tensor, orientation: Orientation) -> Layer:
-    rows, columns = parameter.shape
+def _weight(parameter: torch.Tensor, orientation: Orientation, storage: Storage) -> Weight:
+    if storage is Storage.INT8:
+        return quantised(parameter, orientation)
+    return Weight(stored=parameter.detach(), orientation=orientation, dtype=parameter.dtype)
+
+
+def _layer(name: str, weight: Weight) -> Layer:
     return Layer(
         name=name,
-        shape=(rows, columns),
-        orientation=orientation,
-        dtype=dtype_name(parameter.dtype),
-        digest=tensor_digest(parameter),
+        shape=tuple(weight.stored.shape),
+        orientation=weight.orientation,
+        dtype=dtype_name(weight.dtype),
+        digest=tensor_digest(weight.dense()),
     )
 
 

@@ -15,9 +15,10 @@ from types import TracebackType
 import torch
 
 from symbiosis.errors import HostUnavailableError
-from symbiosis.protocols.messages import Direction
+from symbiosis.protocols.messages import Call, Segment
 from symbiosis.server.batching import BatchConfig, BatchKey, choose_batch
-from symbiosis.server.linear import Weight, multiply
+from symbiosis.server.linear import multiply
+from symbiosis.server.weight import Weight
 
 _log = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ _log = logging.getLogger(__name__)
 class _Waiting:
     key: BatchKey
     rows: torch.Tensor
+    segments: tuple[Segment, ...]
     weights: tuple[Weight, ...]
     done: Future[torch.Tensor] = field(default_factory=Future)
 
@@ -52,15 +54,11 @@ class Executor:
         self._worker.start()
         return self
 
-    def submit(
-        self, layers: tuple[int, ...], direction: Direction, rows: torch.Tensor, weights: tuple[Weight, ...]
-    ) -> Future[torch.Tensor]:
+    def submit(self, request: Call, weights: tuple[Weight, ...]) -> Future[torch.Tensor]:
         """Queue a call.
 
         Args:
-            layers: the group, as the manifest numbers it; what calls are batched by.
-            direction: which product.
-            rows: checked rows; not written to.
+            request: a checked call; its rows are not written to.
             weights: the group's layers.
 
         Returns:
@@ -69,8 +67,8 @@ class Executor:
         Raises:
             HostUnavailableError: the executor is closed.
         """
-        key = BatchKey(layers=layers, direction=direction, dtype=rows.dtype)
-        call = _Waiting(key=key, rows=rows, weights=weights)
+        key = BatchKey(layers=request.layers, direction=request.direction, dtype=request.rows.dtype)
+        call = _Waiting(key=key, rows=request.rows, segments=request.segments, weights=weights)
         with self._wake:
             if self._closed:
                 raise HostUnavailableError("the host is shutting down", "Connect again in a moment")
@@ -120,10 +118,11 @@ class Executor:
 def _answer(batch: list[_Waiting]) -> None:
     key, weights = batch[0].key, batch[0].weights
     if len(batch) == 1:
-        batch[0].done.set_result(multiply(batch[0].rows, weights, key.direction))
+        batch[0].done.set_result(multiply(batch[0].rows, weights, key.direction, batch[0].segments))
         return
     rows_N = torch.cat([call.rows for call in batch])
-    answers = multiply(rows_N, weights, key.direction).split([call.rows.shape[0] for call in batch])
+    segments = [segment for call in batch for segment in call.segments]
+    answers = multiply(rows_N, weights, key.direction, segments).split([call.rows.shape[0] for call in batch])
     for call, answer_T in zip(batch, answers, strict=True):
         # A copy of its own: no tenant's answer shares memory with another's.
         call.done.set_result(answer_T.clone())

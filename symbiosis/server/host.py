@@ -87,8 +87,9 @@ class Host:
     def _answer(self, tenant: str, call: Call) -> Answer:
         width, _ = self.base.manifest.widths(call.layers, call.direction)
         check_rows(call.rows, width=width)
+        self.base.manifest.check_segments(call.layers, call.segments, rows=call.rows.shape[0])
         weights = self.base.group(call.layers)
-        rows = self._executor.submit(call.layers, call.direction, call.rows, weights).result()
+        rows = self._executor.submit(call, weights).result()
         with self._lock:
             self._rows[tenant] += call.rows.shape[0]
         return Answer(number=call.number, rows=rows)

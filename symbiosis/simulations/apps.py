@@ -9,6 +9,7 @@ import torch
 
 from symbiosis.clients.flower_app import Tenant, make_client_app
 from symbiosis.clients.training import TenantData, TrainingConfig
+from symbiosis.protocols.manifest import Storage
 from symbiosis.server.base import HostedBase, load_base
 from symbiosis.server.flower_app import make_server_app
 from symbiosis.simulations.builtin import resolve_base
@@ -27,7 +28,8 @@ def _tenant_data(tenant: Tenant, tokenizer: PreTrainedTokenizerBase, config: Tra
 
 def _base(settings: Mapping[str, Any]) -> HostedBase:
     torch.set_num_threads(1)
-    return load_base(resolve_base(str(settings.get("base", "builtin"))))
+    storage = Storage(str(settings.get("weights", Storage.FLOAT.value)))
+    return load_base(resolve_base(str(settings.get("base", "builtin"))), storage=storage)
 
 
 client_app = make_client_app(data=_tenant_data)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from symbiosis.clients.training import TrainingConfig, add_adapter, train_round
+from symbiosis.clients.training import TrainingConfig, add_adapter, held_out_loss, train_round
 from symbiosis.errors import UnknownBaseError
 from symbiosis.simulations.builtin import resolve_base
 from symbiosis.simulations.data import corpus_blocks
+from symbiosis.simulations.results import LocalRun
 
 
-def local_loss(base: str, corpus: str, config: TrainingConfig, *, directory: Path) -> float:
-    """Held-out loss (nats per token) after the same rounds of training without a host.
+def local_run(base: str, corpus: str, config: TrainingConfig, *, directory: Path) -> LocalRun:
+    """Held-out loss before and after the same rounds of training without a host.
 
     Args:
         base: a directory, a hub id, or `builtin`.
@@ -32,7 +33,7 @@ def local_loss(base: str, corpus: str, config: TrainingConfig, *, directory: Pat
     except (OSError, ValueError) as error:
         raise UnknownBaseError(f"the base at {base!r} cannot be loaded", "Check the path") from error
     data = corpus_blocks(corpus, tokenizer, config)
-    result = None
+    before = after = held_out_loss(model, data, config)
     for number in range(1, config.rounds + 1):
-        result = train_round(model, data, config, number=number, directory=directory)
-    return result.loss_held_out if result is not None else float("nan")
+        after = train_round(model, data, config, number=number, directory=directory).loss_held_out
+    return LocalRun(loss_before=before, loss_after=after)

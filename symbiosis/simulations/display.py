@@ -110,6 +110,11 @@ def summary(result: SimulationResult) -> RenderableType:
     for tenant in result.tenants:
         if tenant.failure is not None:
             parts.append(Text(f"{tenant.name} did not finish: {tenant.failure}", style="red"))
+        elif result.weights != "float" and tenant.loss_before is not None and tenant.loss_before_local is not None:
+            effect = tenant.loss_before / tenant.loss_before_local - 1
+            parts.append(
+                Text(f"{tenant.name}: {result.weights} weights change the loss before training by {effect:+.2%}")
+            )
         elif not tenant.agrees:
             parts.append(Text(f"{tenant.name}: the loss differs from the local run's", style="red"))
     directory = Path(result.directory)

@@ -19,7 +19,7 @@ from symbiosis.privacy.mechanism import Mechanism, resolve_mechanism
 from symbiosis.protocols.authority import Authority
 from symbiosis.protocols.identity_directory import create_request, install_certificate
 from symbiosis.protocols.inprocess import InProcessTransport
-from symbiosis.protocols.manifest import Publish
+from symbiosis.protocols.manifest import Publish, Storage
 from symbiosis.protocols.transcript import TranscriptWriter
 from symbiosis.server.base import HostedBase, host_model, load_base
 from symbiosis.server.host import Host
@@ -40,6 +40,7 @@ def local_base(
     record: str | Path | None = None,
     ledger: str | Path | None = None,
     publish: Publish | str = Publish.HALF,
+    weights: Storage | str = Storage.FLOAT,
 ) -> Base:
     """Host a base here and connect to it.
 
@@ -52,6 +53,7 @@ def local_base(
         record: as `connect`.
         ledger: file to continue or begin; by default one that is removed when the base is closed.
         publish: what the host publishes; `"all"` lets operations that need a hosted weight's numbers download it.
+        weights: `"float"`, or `"int8"` to hold them rounded to eight bits, one scale per output row.
 
     Raises:
         ConfigurationError: the base cannot be hosted, or an argument cannot be used.
@@ -61,7 +63,7 @@ def local_base(
     mechanism = resolve_mechanism(privacy)
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="symbiosis-local-")))
-        host = stack.enter_context(Host(_hosted(model_or_path, Publish(publish))))
+        host = stack.enter_context(Host(_hosted(model_or_path, Publish(publish), Storage(weights))))
         ledger_path = Path(ledger) if ledger is not None else scratch / "ledger.jsonl"
         if transport == "grpc":
             address = _serve(host, scratch, stack)
@@ -83,11 +85,11 @@ def local_base(
         return base.own(stack.pop_all().close)
 
 
-def _hosted(model_or_path: PreTrainedModel | str | Path, publish: Publish) -> HostedBase:
+def _hosted(model_or_path: PreTrainedModel | str | Path, publish: Publish, storage: Storage) -> HostedBase:
     if isinstance(model_or_path, str | Path):
-        return load_base(resolve_base(str(model_or_path)), publish=publish)
+        return load_base(resolve_base(str(model_or_path)), publish=publish, storage=storage)
     with _frozen(model_or_path):
-        return host_model(model_or_path, name=type(model_or_path).__name__, publish=publish)
+        return host_model(model_or_path, name=type(model_or_path).__name__, publish=publish, storage=storage)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,14 @@ LOSS_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LocalRun:
+    """The same training on an ordinary local model. Losses on held-out text, in nats per token."""
+
+    loss_before: float
+    loss_after: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TenantResult:
     """One tenant of a run. Losses are on held-out text, in nats per token."""
 
@@ -25,6 +33,8 @@ class TenantResult:
     loss_after: float | None = None
     loss_after_local: float | None = None
     """After the same training on an ordinary local PEFT model; `None` if that was not done."""
+    loss_before_local: float | None = None
+    """Of that model before training: what the base says when no host rounds it."""
     bytes_sent: int = 0
     bytes_received: int = 0
     frames: int = 0
@@ -42,9 +52,11 @@ class TenantResult:
     failure: str | None = None
     """Why the tenant did not finish; `None` if it did."""
 
-    def with_local_loss(self, loss: float | None) -> TenantResult:
-        """This result with the control's loss."""
-        return replace(self, loss_after_local=loss)
+    def with_local_run(self, run: LocalRun | None) -> TenantResult:
+        """This result with the control's losses."""
+        if run is None:
+            return self
+        return replace(self, loss_after_local=run.loss_after, loss_before_local=run.loss_before)
 
     @property
     def improvement(self) -> float | None:
@@ -71,11 +83,13 @@ class SimulationResult:
     seconds: float
     directory: str
     training: Mapping[str, Any]
+    weights: str = "float"
+    """In what the host held the base; the local run's are always as they came."""
 
     @property
     def sound(self) -> bool:
-        """Whether every tenant finished with the loss of the local run."""
-        return all(tenant.failure is None and tenant.agrees for tenant in self.tenants)
+        """Whether every tenant finished, with the loss of the local run where both had the same base."""
+        return all(tenant.failure is None and (tenant.agrees or self.weights != "float") for tenant in self.tenants)
 
     def to_json(self) -> dict[str, Any]:
         """The object that `symbiosis simulate --json` prints."""

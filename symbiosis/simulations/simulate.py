@@ -16,11 +16,12 @@ from typing import Any
 
 from symbiosis.clients.training import TrainingConfig
 from symbiosis.errors import ConfigurationError, SimulationError, UnknownBaseError
+from symbiosis.protocols.manifest import Storage
 from symbiosis.simulations.builtin import BUILTIN, resolve_base
 from symbiosis.simulations.corpora import HELD_OUT_PACKAGES
 from symbiosis.simulations.data import corpus_of
 from symbiosis.simulations.flower_run import FlowerRun, flower_run, is_completed, is_finished
-from symbiosis.simulations.results import SimulationResult, TenantResult, read_tenant, write_result
+from symbiosis.simulations.results import LocalRun, SimulationResult, TenantResult, read_tenant, write_result
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ class SimulationConfig:
     """What every tenant trains."""
     control: bool = True
     """Whether the same training is done on an ordinary local model too."""
+    weights: Storage = Storage.FLOAT
+    """In what the host holds the base's weights."""
 
     def __post_init__(self) -> None:
         if self.tenants < 1:
@@ -87,6 +90,7 @@ def simulate(config: SimulationConfig, *, report: Callable[[Event], None] = lamb
         seconds=round(time.monotonic() - started, 1),
         directory=str(workdir),
         training=asdict(config.training),
+        weights=config.weights.value,
     )
     write_result(result, workdir)
     return result
@@ -115,7 +119,14 @@ def _settings(config: SimulationConfig, workdir: Path) -> dict[str, Any]:
     if base != BUILTIN and Path(base).expanduser().is_dir():
         base = str(Path(base).expanduser().resolve())
     corpora = ",".join(_absolute(name) for name in config.corpora.split(",") if name.strip())
-    return {**training, "tenants": config.tenants, "base": base, "corpora": corpora, "workdir": str(workdir)}
+    return {
+        **training,
+        "tenants": config.tenants,
+        "base": base,
+        "corpora": corpora,
+        "workdir": str(workdir),
+        "weights": config.weights.value,
+    }
 
 
 def _absolute(corpus: str) -> str:
@@ -195,17 +206,17 @@ def _with_controls(
         }
         finished = []
         for tenant in tenants:
-            loss = futures[tenant.name].result() if tenant.name in futures else None
-            report({"event": "control", "tenant": tenant.name, "loss": loss})
-            finished.append(tenant.with_local_loss(loss))
+            run = futures[tenant.name].result() if tenant.name in futures else None
+            report({"event": "control", "tenant": tenant.name, "loss": run.loss_after if run is not None else None})
+            finished.append(tenant.with_local_run(run))
     return finished
 
 
-def _control(config: SimulationConfig, corpus: str, directory: Path) -> float:
-    from symbiosis.simulations.control import local_loss  # noqa: PLC0415 - in the child only
+def _control(config: SimulationConfig, corpus: str, directory: Path) -> LocalRun:
+    from symbiosis.simulations.control import local_run  # noqa: PLC0415 - in the child only
 
     directory.mkdir(parents=True)
-    return local_loss(config.base, corpus, config.training, directory=directory)
+    return local_run(config.base, corpus, config.training, directory=directory)
 
 
 def _one_thread() -> None:

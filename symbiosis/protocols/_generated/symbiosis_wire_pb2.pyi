@@ -61,7 +61,7 @@ class Hello(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., release: _Optional[str] = ..., session: _Optional[bytes] = ...) -> None: ...
 
 class Call(_message.Message):
-    __slots__ = ("number", "layers", "direction", "dtype", "rows", "width", "byte_count")
+    __slots__ = ("number", "layers", "direction", "dtype", "rows", "width", "byte_count", "segment_matrices", "segment_rows")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     DIRECTION_FIELD_NUMBER: _ClassVar[int]
@@ -69,6 +69,8 @@ class Call(_message.Message):
     ROWS_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
     BYTE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_MATRICES_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_ROWS_FIELD_NUMBER: _ClassVar[int]
     number: int
     layers: _containers.RepeatedScalarFieldContainer[int]
     direction: Direction
@@ -76,7 +78,9 @@ class Call(_message.Message):
     rows: int
     width: int
     byte_count: int
-    def __init__(self, number: _Optional[int] = ..., layers: _Optional[_Iterable[int]] = ..., direction: _Optional[_Union[Direction, str]] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., rows: _Optional[int] = ..., width: _Optional[int] = ..., byte_count: _Optional[int] = ...) -> None: ...
+    segment_matrices: _containers.RepeatedScalarFieldContainer[int]
+    segment_rows: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, number: _Optional[int] = ..., layers: _Optional[_Iterable[int]] = ..., direction: _Optional[_Union[Direction, str]] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., rows: _Optional[int] = ..., width: _Optional[int] = ..., byte_count: _Optional[int] = ..., segment_matrices: _Optional[_Iterable[int]] = ..., segment_rows: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Fetch(_message.Message):
     __slots__ = ("number", "kind", "name")

@@ -1,0 +1,221 @@
+"""What `symbiosis train CONFIG.toml` reads: sections, keys and their types. docs/train.md shows a whole file.
+
+Reading needs neither torch nor PEFT: what the methods and the trainer take is checked in `finetune_settings`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+from symbiosis.errors import ConfigurationError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaseSource:
+    """Where the frozen layers are evaluated: at a host's `address`, or here from `path`."""
+
+    address: str = ""
+    """`host:port` of a host."""
+    identity: Path | None = None
+    """Directory of the tenant's key and certificates; goes with `address`."""
+    path: str = ""
+    """A model directory, a hub id or `builtin`, hosted on this machine."""
+    privacy: str = "plaintext"
+    """The privacy mode."""
+    helper: str | None = None
+    """Address of a second host, for modes that need one; goes with `address`."""
+    record: Path | None = None
+    """An existing, empty directory for a recording of what the host sees."""
+    ledger: Path | None = None
+    """File to continue or begin."""
+
+    def __post_init__(self) -> None:
+        if bool(self.address) == bool(self.path):
+            raise ConfigurationError(
+                "base needs either an address or a path", "Give address and identity of a host, or the path of a model"
+            )
+        if self.address and self.identity is None:
+            raise ConfigurationError(
+                "base.identity is missing", "Give the directory that `symbiosis join` made for this host"
+            )
+        for name in ("identity", "helper"):
+            if self.path and getattr(self, name) is not None:
+                raise ConfigurationError(f"base.{name} goes with base.address", "Leave it out beside base.path")
+
+    @property
+    def is_hub_id(self) -> bool:
+        """Whether the base may have to be downloaded."""
+        return bool(self.path) and self.path != "builtin" and not Path(self.path).expanduser().is_dir()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataFiles:
+    """The tenant's text. It never leaves the tenant."""
+
+    train: tuple[Path, ...]
+    """JSONL files in a format that TRL documents, or plain text."""
+    eval: tuple[Path, ...] = ()
+    """Held out, to measure the loss on before and after."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterChoice:
+    """Which PEFT method, with which settings of its configuration class."""
+
+    method: str = "LORA"
+    """The name of a `peft.PeftType`."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutputChoice:
+    """Where everything goes."""
+
+    directory: Path
+    """For the adapter, its card, the result, the plot and checkpoints."""
+    resume: bool = False
+    """Continue from the last checkpoint in the directory, if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FineTuneConfig:
+    """A whole configuration file."""
+
+    base: BaseSource
+    data: DataFiles
+    output: OutputChoice
+    adapter: AdapterChoice = field(default_factory=AdapterChoice)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of TRL's `SFTConfig`, which are those of `transformers.TrainingArguments` and more."""
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a TOML file; relative paths in it are relative to its own directory.
+
+        Raises:
+            ConfigurationError: it cannot be read, or a key is unknown, missing or of the wrong type; the message
+                names the key by its path.
+        """
+        try:
+            values = tomllib.loads(path.read_bytes().decode())
+        except OSError as error:
+            raise ConfigurationError(f"cannot read {path}: {error.strerror}", "Check the path") from error
+        except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigurationError(f"{path} is not TOML: {error}", "docs/train.md shows a whole file") from error
+        return cls.from_mapping(values, folder=path.resolve().parent)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], *, folder: Path) -> Self:
+        """Read the sections of a file; see `read`."""
+        names = [section.name for section in fields(cls)]
+        for name, section in values.items():
+            known(name, names, kind="section")
+            if not isinstance(section, dict):
+                raise ConfigurationError(f"{name} is {section!r}", f"It must be a section, written [{name}]")
+        adapter = dict(values.get("adapter", {}))
+        method = _Section({"method": adapter.pop("method", "LORA")}, "adapter", folder).text("method")
+        return cls(
+            base=_base(_Section(values.get("base", {}), "base", folder, BaseSource)),
+            data=_data(_Section(values.get("data", {}), "data", folder, DataFiles)),
+            adapter=AdapterChoice(method=method or "", settings=adapter),
+            training=_training(dict(values.get("training", {})), folder),
+            output=_output(_Section(values.get("output", {}), "output", folder, OutputChoice)),
+        )
+
+
+def known(key: str, names: Collection[str], *, kind: str = "setting") -> None:
+    """Raise an error that names `key` and what was probably meant, unless it is one of `names`."""
+    if key in names:
+        return
+    meant = difflib.get_close_matches(key.rpartition(".")[2], names, n=1)
+    hint = f"Did you mean {meant[0]!r}?" if meant else f"Known are {', '.join(sorted(names))}"
+    raise ConfigurationError(f"there is no {kind} {key!r}", hint)
+
+
+class _Section:
+    """One section of the file, read key by key."""
+
+    def __init__(self, values: Mapping[str, Any], name: str, folder: Path, owner: type | None = None) -> None:
+        self._values, self._name, self._folder = values, name, folder
+        for key in values if owner is not None else ():
+            names = [entry.name for entry in fields(owner)]  # type: ignore[arg-type]
+            if key not in names:
+                known(f"{name}.{key}", names)
+
+    def text(self, key: str) -> str | None:
+        """A text that is not empty, or `None`."""
+        value = self._values.get(key)
+        if value is not None and (not isinstance(value, str) or not value):
+            raise self._wrong(key, "a text")
+        return value
+
+    def switch(self, key: str) -> bool:
+        """True or false; false where it is not given."""
+        value = self._values.get(key, False)
+        if not isinstance(value, bool):
+            raise self._wrong(key, "true or false")
+        return value
+
+    def path(self, key: str) -> Path | None:
+        """A path, relative to the file's directory."""
+        text = self.text(key)
+        return None if text is None else (self._folder / Path(text).expanduser()).resolve()
+
+    def paths(self, key: str) -> tuple[Path, ...]:
+        """One path or several; each must be a file."""
+        value = self._values.get(key, [])
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+            raise self._wrong(key, "a path or a list of paths")
+        found = tuple((self._folder / Path(text).expanduser()).resolve() for text in texts)
+        for path in found:
+            if not path.is_file():
+                raise ConfigurationError(f"{self._name}.{key}: there is no file {path}", "Check the path")
+        return found
+
+    def missing(self, key: str) -> ConfigurationError:
+        """The error for a key that must be there."""
+        return ConfigurationError(f"{self._name}.{key} is missing", f"Give it in the section [{self._name}]")
+
+    def _wrong(self, key: str, wanted: str) -> ConfigurationError:
+        return ConfigurationError(f"{self._name}.{key} is {self._values.get(key)!r}", f"It must be {wanted}")
+
+
+def _base(section: _Section) -> BaseSource:
+    # A directory beside the file, `builtin`, or a hub id.
+    path, beside = section.text("path") or "", section.path("path")
+    return BaseSource(
+        address=section.text("address") or "",
+        identity=section.path("identity"),
+        path=str(beside) if beside is not None and beside.is_dir() else path,
+        privacy=section.text("privacy") or "plaintext",
+        helper=section.text("helper"),
+        record=section.path("record"),
+        ledger=section.path("ledger"),
+    )
+
+
+def _data(section: _Section) -> DataFiles:
+    train = section.paths("train")
+    if not train:
+        raise section.missing("train")
+    return DataFiles(train=train, eval=section.paths("eval"))
+
+
+def _training(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    template = values.get("chat_template_path")
+    if isinstance(template, str):  # the only setting that is a path
+        values["chat_template_path"] = str(folder / Path(template).expanduser())
+    return values
+
+
+def _output(section: _Section) -> OutputChoice:
+    directory = section.path("directory")
+    if directory is None:
+        raise section.missing("directory")
+    return OutputChoice(directory=directory, resume=section.switch("resume"))

@@ -98,7 +98,20 @@ def test_version(symbiosis: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "simulate", "join", "host", "host init", "host sign", "host serve", "audit", "audit verify"]
+    "command",
+    [
+        "",
+        "simulate",
+        "train",
+        "generate",
+        "join",
+        "host",
+        "host init",
+        "host sign",
+        "host serve",
+        "audit",
+        "audit verify",
+    ],
 )
 def test_help(symbiosis: Run, command: str) -> None:
     done = symbiosis(*command.split(), "--help")

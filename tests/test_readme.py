@@ -99,6 +99,12 @@ def test_demo_meets_its_promises(tmp_path: Path) -> None:
         assert (out / tenant["adapter"] / "adapter_model.safetensors").is_file()
 
 
-def test_figures_come_from_the_committed_result() -> None:
-    script = ROOT / "scripts" / "readme_figures.py"
-    assert subprocess.run([sys.executable, str(script), "--check"], check=False).returncode == 0
+@pytest.mark.parametrize("script", ["readme_figures.py", "readme_models.py", "readme_peft.py"])
+def test_figures_come_from_the_committed_results(script: str) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / script), "--check"]
+    assert subprocess.run(command, check=False).returncode == 0
+
+
+def test_generating_without_writing_python(folder: Path) -> None:
+    (generate,) = [block for block in blocks("bash") if "symbiosis generate" in block]
+    assert shell(generate, folder).strip()

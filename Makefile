@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 OUT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo results test models tenant-install check format protos base clean
+.PHONY: help setup demo results test models peft tenant-install check format protos base clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -29,13 +29,18 @@ results: setup ## Run the main job again and renew the README's figures
 	$(BIN)/symbiosis simulate --out runs/results
 	cp runs/results/result.json docs/results/simulate.json
 	cp runs/results/losses.png docs/results/losses.png
-	$(BIN)/python scripts/readme_figures.py
+	$(BIN)/python scripts/readme_tables.py
 
 test: setup ## Run all tests
 	$(BIN)/python -m pytest
 
-models: setup ## Walk the registry of transformers: every type split against local (docs/results/models.json)
+models: setup ## Walk the registry of transformers: every type split against local, and renew the README's table
 	$(BIN)/python tests/models/walk.py
+	$(BIN)/python scripts/readme_tables.py
+
+peft: setup ## Try every PEFT method, split against local, and renew the README's table
+	$(BIN)/python scripts/try_peft_methods.py
+	$(BIN)/python scripts/readme_tables.py
 
 tenant-install: setup ## Install the package alone, as a tenant does, and use it against a host
 	$(BIN)/python -m pytest -m slow tests/test_tenant_install.py

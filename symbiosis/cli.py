@@ -15,8 +15,9 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import click
 import typer
@@ -41,6 +42,8 @@ host_app = typer.Typer(help="Serve a base to tenants.", no_args_is_help=True)
 audit_app = typer.Typer(help="Prove what left.", no_args_is_help=True)
 app.add_typer(host_app, name="host")
 app.add_typer(audit_app, name="audit")
+
+_Choice = TypeVar("_Choice", bound=Enum)
 
 _console = Console(stderr=True)
 _log = logging.getLogger(__name__)
@@ -132,6 +135,7 @@ def simulate(  # one option per setting; Typer reads them from the signature
 ) -> None:
     """Run the main job: tenants fine-tune privately against one hosted base, run by Flower."""
     from symbiosis.clients.training import TrainingConfig  # noqa: PLC0415 - commands load what they need
+    from symbiosis.protocols.manifest import Storage  # noqa: PLC0415
     from symbiosis.simulations.display import Display, summary  # noqa: PLC0415
     from symbiosis.simulations.simulate import SimulationConfig, default_workdir  # noqa: PLC0415
     from symbiosis.simulations.simulate import simulate as run_simulation  # noqa: PLC0415
@@ -143,7 +147,7 @@ def simulate(  # one option per setting; Typer reads them from the signature
         corpora=corpora,
         training=TrainingConfig(rounds=rounds, steps_per_round=steps),
         control=control,
-        weights=_storage(weights),
+        weights=_choice(Storage, weights, "way to hold weights"),
     )
     with Display(_console, config) as display:
         result = run_simulation(config, report=display.show)
@@ -301,6 +305,7 @@ def host_serve(
     import torch  # noqa: PLC0415
 
     from symbiosis.protocols.authority import Authority  # noqa: PLC0415
+    from symbiosis.protocols.manifest import Publish, Storage  # noqa: PLC0415
     from symbiosis.server.base import load_base  # noqa: PLC0415
     from symbiosis.server.host import Host  # noqa: PLC0415
     from symbiosis.server.service import Service, ServiceConfig  # noqa: PLC0415
@@ -311,7 +316,9 @@ def host_serve(
     config = ServiceConfig(address=listen)
     names = name or sorted({config.host, "127.0.0.1", "localhost"} - {"0.0.0.0", "::"})  # noqa: S104
     credentials = Authority.load(state).issue_host(names)
-    hosted = load_base(resolve_base(base), dtype=dtype, publish=_policy(publish), storage=_storage(weights))
+    policy = _choice(Publish, publish, "publishing policy")
+    storage = _choice(Storage, weights, "way to hold weights")
+    hosted = load_base(resolve_base(base), dtype=dtype, publish=policy, storage=storage)
     with Host(hosted) as host, Service(host, credentials, config) as service, contextlib.suppress(KeyboardInterrupt):
         manifest = hosted.manifest
         _console.print(f"Serving {manifest.base}: {len(manifest.layers)} layers on {service.address} (Ctrl-C ends it)")
@@ -452,24 +459,13 @@ def _ignore(_: str) -> None:
     pass
 
 
-def _storage(name: str) -> Any:
-    from symbiosis.protocols.manifest import Storage  # noqa: PLC0415
-
+def _choice(kind: type[_Choice], name: str, what: str) -> _Choice:
+    """The member of an enumeration that an option names."""
     try:
-        return Storage(name)
+        return kind(name)
     except ValueError:
-        names = ", ".join(storage.value for storage in Storage)
-        raise ConfigurationError(f"weights cannot be held as {name!r}", f"Choose one of {names}") from None
-
-
-def _policy(name: str) -> Any:
-    from symbiosis.protocols.manifest import Publish  # noqa: PLC0415
-
-    try:
-        return Publish(name)
-    except ValueError:
-        names = ", ".join(policy.value for policy in Publish)
-        raise ConfigurationError(f"there is no publishing policy {name!r}", f"Choose one of {names}") from None
+        names = ", ".join(str(member.value) for member in kind)
+        raise ConfigurationError(f"there is no {what} {name!r}", f"Choose one of {names}") from None
 
 
 def _read(path: Path) -> bytes:

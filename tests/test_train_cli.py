@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -212,7 +213,8 @@ def test_resuming_gives_what_an_uninterrupted_run_gives(tmp_path: Path, here: Pa
     ) as process:
         deadline = time.monotonic() + 120
         while not (checkpoints / "checkpoint-2" / "trainer_state.json").exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=0.02)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 1, err

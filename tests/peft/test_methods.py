@@ -100,7 +100,7 @@ def test_a_mixture_of_saved_adapters(open_base: OpenBase, tmp_path: Path) -> Non
 
 
 def test_the_result_file_is_the_table() -> None:
-    """`scripts/readme_peft.py --run` writes it."""
+    """`scripts/try_peft_methods.py` writes it."""
     rows = json.loads(RESULTS.read_text(encoding="utf-8"))["methods"]
     found = [(row["method"], row["variant"], row["verdict"], row["needs"]) for row in rows]
     assert found == [(m.kind.value, m.variant, m.verdict.value, m.reason) for m in METHODS]

@@ -1,0 +1,141 @@
+"""Write the README's tables from the result files in `docs/results`, or check with `--check` that they are the ones."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+COLUMNS = ("registered", "trained", "agree", "exact", "hosted_90")
+FEW = 10
+"""Auto classes of fewer registered types share one line."""
+VERDICTS = {
+    "split": "no weight leaves the host",
+    "download": "where the weights may be downloaded (`--publish all`); a typed error otherwise",
+    "refused": "a typed error",
+    "not applicable": "not applicable",
+}
+
+
+def simulation_table(result: Mapping[str, Any]) -> str:
+    """The default run: one row for each tenant."""
+    training = result["training"]
+    steps, tokens = training["steps_per_round"], training["batch_blocks"] * training["block_tokens"]
+    lines = [
+        f"{len(result['tenants'])} tenants, {result['rounds']} rounds of {steps} steps of {tokens:,} tokens, "
+        f"{result['seconds']:.0f} s on two cores, the local runs included.",
+        "",
+        "| tenant | corpus | loss before | after | change | local run | tokens/s | sent | received | frames |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    lines += [_tenant_row(tenant) for tenant in result["tenants"]]
+    return "\n".join(lines)
+
+
+def _tenant_row(tenant: Mapping[str, Any]) -> str:
+    before, after = tenant["loss_before"], tenant["loss_after"]
+    return (
+        f"| {tenant['name']} | {tenant['corpus']} | {before:.4f} | {after:.4f} | {after / before - 1:+.1%} "
+        f"| {tenant['loss_after_local']:.4f} | {tenant['tokens_per_second']:,.0f} "
+        f"| {tenant['bytes_sent'] / 1e9:.2f} GB | {tenant['bytes_received'] / 1e9:.2f} GB | {tenant['frames']:,} |"
+    )
+
+
+def models_table(result: Mapping[str, Any]) -> str:
+    """Model types: one row for each auto class."""
+    rows: Mapping[str, Mapping[str, int]] = result["auto_classes"]
+    large = {name: row for name, row in rows.items() if row["registered"] >= FEW}
+    small = [row for name, row in rows.items() if name not in large]
+    walked, registered = (sum(row[key] for row in rows.values()) for key in ("walked", "registered"))
+    part = "" if walked == registered else f" {walked:,} of {registered:,} entries walked so far."
+    lines = [
+        f"transformers {result['transformers']}, PyTorch {result['torch']}; loss and gradients within "
+        f"{result['tolerance']:g} of the largest element.{part}",
+        "",
+        "| auto class | types | built and trained here | agree split | bit for bit | >= 90 % hosted |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    ordered = sorted(large, key=lambda name: (-large[name]["registered"], name))
+    lines += [_class_row(f"`{name}`", large[name]) for name in ordered]
+    if small:
+        lines.append(_class_row(f"{len(small)} more", _sum(small)))
+    lines.append(_class_row("**all**", _sum(list(rows.values()))))
+    return "\n".join(lines)
+
+
+def _class_row(name: str, row: Mapping[str, int]) -> str:
+    return f"| {name} | " + " | ".join(f"{row[key]:,}" for key in COLUMNS) + " |"
+
+
+def _sum(rows: list[Mapping[str, int]]) -> dict[str, int]:
+    return {key: sum(row[key] for row in rows) for key in COLUMNS}
+
+
+def peft_table(result: Mapping[str, Any]) -> str:
+    """PEFT methods: one row for each outcome."""
+    rows: Sequence[Mapping[str, Any]] = result["methods"]
+    worst = max(max(row["loss"], row["gradients"], row["weights"], row["logits"]) for row in rows)
+    lines = [
+        f"{len({row['method'] for row in rows})} tuners of PEFT {result['peft']}, {len(rows)} variants, split against "
+        f"local: losses, gradients, trained numbers and reloaded logits agree to {worst:.0e}.",
+        "",
+        "| works | methods |",
+        "|---|---|",
+    ]
+    for verdict, meaning in VERDICTS.items():
+        names = [_method_name(row) for row in rows if row["verdict"] == verdict]
+        if names:
+            lines.append(f"| {meaning} ({len(names)}) | {', '.join(names)} |")
+    return "\n".join(lines)
+
+
+def _method_name(row: Mapping[str, Any]) -> str:
+    base = str(row["method"]).lower()
+    return f"{base} ({row['variant']})" if row["variant"] else base
+
+
+TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "simulate": simulation_table,
+    "models": models_table,
+    "peft": peft_table,
+}
+"""What stands between the README's marks, by the name of its result file."""
+
+
+def render(readme: str, name: str, table: str) -> str:
+    """The README with one table replaced.
+
+    Raises:
+        SystemExit: there is no place for it.
+    """
+    begin = f"<!-- {name}: scripts/readme_tables.py writes this from docs/results/{name}.json -->"
+    end = f"<!-- end of {name} -->"
+    head, found, rest = readme.partition(begin)
+    _, ended, tail = rest.partition(end)
+    if not found or not ended:
+        raise SystemExit(f"README.md has no place for a table: put the lines {begin!r} and {end!r} there")
+    return f"{head}{begin}\n{table}\n{end}{tail}"
+
+
+def main() -> int:
+    """Command line; 1 when `--check` finds another table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    check = parser.parse_args().check
+    path = ROOT / "README.md"
+    old = new = path.read_text(encoding="utf-8")
+    for name, table in TABLES.items():
+        result = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        new = render(new, name, table(result))
+    if check:
+        return 0 if old == new else 1
+    path.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

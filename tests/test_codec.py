@@ -38,7 +38,15 @@ from symbiosis.protocols.limits import (
     MAX_MESSAGE_BYTES,
     MAX_NAME_CHARS,
 )
-from symbiosis.protocols.manifest import Layer, Manifest, Orientation, Publish, PublishedFile, PublishedTensor
+from symbiosis.protocols.manifest import (
+    Layer,
+    Manifest,
+    Orientation,
+    Publish,
+    PublishedFile,
+    PublishedTensor,
+    Storage,
+)
 from symbiosis.protocols.messages import (
     WIRE_DTYPES,
     Answer,
@@ -48,6 +56,7 @@ from symbiosis.protocols.messages import (
     Direction,
     Fetch,
     Hello,
+    Segment,
     Welcome,
 )
 from symbiosis.protocols.status import Refusal
@@ -117,17 +126,20 @@ directions = st.sampled_from(Direction)
 short_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 
 calls = st.builds(
-    lambda number, direction, dtype, rows, seed: Call(
+    lambda number, direction, dtype, rows, seed, segments: Call(
         number=number,
         layers=(0, 1),
         direction=direction,
         rows=random_rows(rows, MANIFEST.widths((0, 1), direction)[0], dtype, seed),
+        segments=tuple(segments),
     ),
     counts,
     directions,
     dtypes,
     st.integers(1, 40),
     st.integers(0, 2**32),
+    # Whether they fit the layers is the manifest's to say, not the codec's.
+    st.lists(st.builds(Segment, matrix=st.integers(0, 2**32 - 1), rows=counts), max_size=4),
 )
 requests = st.one_of(
     st.builds(
@@ -373,6 +385,9 @@ LIES: list[tuple[str, dict[str, Any], type[ProtocolError]]] = [
     ("a layer twice", {"layers": [0, 0]}, UnknownLayerError),
     ("layers that take different rows", {"layers": [0, 2]}, ShapeError),
     ("too many layers", {"layers": [0] * (MAX_GROUP_LAYERS + 1)}, FrameError),
+    ("segments without rows", {"segment_matrices": [0]}, FrameError),
+    ("segments without a matrix", {"segment_rows": [2]}, FrameError),
+    ("too many segments", {"segment_matrices": [0] * 16_385, "segment_rows": [1] * 16_385}, FrameError),
 ]
 
 
@@ -477,11 +492,12 @@ manifests = st.builds(
     base=names,
     architecture=names,
     publish=st.sampled_from(Publish),
+    storage=st.sampled_from(Storage),
     layers=st.lists(
         st.builds(
             Layer,
             name=names,
-            shape=st.tuples(sides, sides),
+            shape=st.one_of(st.tuples(sides, sides), st.tuples(st.integers(1, 64), sides, sides)),
             orientation=st.sampled_from(Orientation),
             dtype=st.sampled_from(["float32", "bfloat16", "int8"]),
             digest=digests,
@@ -595,7 +611,9 @@ def test_a_published_file_is_named_like_a_file(name: str) -> None:
         ("layers", {"shape": [-1, 4]}),
         ("layers", {"shape": [0, 4]}),
         ("layers", {"shape": [4]}),
-        ("layers", {"shape": [4, 4, 4]}),
+        ("layers", {"shape": [4, 4, 4, 4]}),
+        ("layers", {"shape": [0, 4, 4]}),
+        ("layers", {"shape": [2**20, 2**20, 2**20]}),
         ("layers", {"dtype": "object"}),
         ("tensors", {"dtype": "complex64"}),
         ("tensors", {"byte_count": 61}),

@@ -41,7 +41,7 @@ from symbiosis.protocols.canonical import sha256_hex
 from symbiosis.protocols.codec import Encoded, encode_request
 from symbiosis.protocols.inprocess import InProcessTransport
 from symbiosis.protocols.manifest import Manifest, Publish
-from symbiosis.protocols.messages import Answer, BlobKind, Call, Direction, Fetch, Hello, Welcome
+from symbiosis.protocols.messages import Answer, BlobKind, Call, Direction, Fetch, Hello, Segment, Welcome
 from symbiosis.protocols.transcript import ROWS_NAME, TranscriptWriter
 from symbiosis.server.base import HostedBase, host_model
 from symbiosis.server.host import Host
@@ -500,6 +500,32 @@ def test_rule_2_layers_agree_with_the_manifest(door: Door) -> None:
         admit(door, a_call(7, layers=(0, 6)))  # q and down take rows of two widths
     with stopped(door, UnknownLayerError):
         admit(door, a_call(8, layers=(0, 0)))
+
+
+@pytest.mark.parametrize(
+    ("segments", "error"),
+    [
+        ((), ShapeError),
+        ((Segment(matrix=0, rows=1),), ShapeError),
+        ((Segment(matrix=0, rows=3),), ShapeError),
+        ((Segment(matrix=0, rows=1), Segment(matrix=4, rows=1)), UnknownLayerError),
+        ((Segment(matrix=0, rows=3), Segment(matrix=1, rows=-1)), UnknownLayerError),
+        ((*(Segment(matrix=1, rows=0) for _ in range(30)), Segment(matrix=0, rows=2)), UnknownLayerError),
+    ],
+)
+def test_rule_2_segments_name_every_row_of_a_stack(
+    door: Door, segments: tuple[Segment, ...], error: type[SymbiosisError]
+) -> None:
+    # Numbers that say nothing to the host could say something to somebody else.
+    first, *others = door.manifest.layers
+    stack = dataclasses.replace(door.manifest, layers=(dataclasses.replace(first, shape=(4, *first.shape)), *others))
+    call = dataclasses.replace(a_call(), segments=segments)
+    honest = dataclasses.replace(a_call(2), segments=(Segment(matrix=3, rows=1), Segment(matrix=0, rows=1)))
+    with stopped(door, error):
+        door.gate.admit(call, encode_request(a_call()), stack)
+    door.gate.admit(honest, encode_request(honest), stack)
+    with stopped(door, ShapeError):  # no stack, no segments
+        admit(door, dataclasses.replace(honest, number=3))
 
 
 def test_rule_2_rows_wait_for_the_manifest(door: Door) -> None:

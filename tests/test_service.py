@@ -392,6 +392,8 @@ ATTACKS: dict[str, tuple[bytes, str, bool]] = {
     "an unknown dtype": (call_chunk(dtype=77), "dtype", False),
     "NaN in one row": (call_chunk(payload=NAN.numpy().tobytes()), "non-finite", True),
     "infinity": (call_chunk(payload=(NAN.nan_to_num(nan=torch.inf)).numpy().tobytes()), "non-finite", True),
+    "segments of what is no stack": (call_chunk(segment_matrices=[0], segment_rows=[2]), "shape", True),
+    "a segment of 2^63 rows": (call_chunk(segment_matrices=[0], segment_rows=[2**63]), "shape", True),
     "a truncated chunk": (call_chunk()[:-1], "frame", False),
     "a header cut short": (call_chunk()[:9], "frame", False),
     "trailing bytes": (call_chunk() + b"x", "frame", False),

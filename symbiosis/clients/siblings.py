@@ -3,6 +3,7 @@
 Which weights are siblings is observed, never guessed from names: weights that met the same tensor one after the other
 form a group, and the next time the first of them is met, one call answers all. An answer is handed out only for the
 very tensor, unchanged, that was sent, so a graph that changes falls back to single calls and never to a wrong number.
+A write that autograd's version counter does not see (through `.data`) is not seen here either.
 
 Rules, numbered where they are enforced:
 

@@ -99,6 +99,13 @@ def _fail(error: SymbiosisError, *, wants_json: bool) -> None:
         _print_json({"error": fields})
 
 
+def _wide(console: Console) -> Console:
+    """The console, wide enough for a table of figures where no terminal says how wide it is."""
+    if not console.is_terminal:
+        console.width = max(console.width, 140)
+    return console
+
+
 def _print_json(value: Mapping[str, Any]) -> None:
     sys.stdout.write(json.dumps(value) + "\n")
 
@@ -151,7 +158,7 @@ def simulate(  # one option per setting; Typer reads them from the signature
     )
     with Display(_console, config) as display:
         result = run_simulation(config, report=display.show)
-    (_console if json_ else Console()).print(summary(result))
+    _wide(_console if json_ else Console()).print(summary(result))
     if json_:
         _print_json(result.to_json())
     raise typer.Exit(0 if result.sound else 1)
@@ -175,7 +182,7 @@ def train(
         plan = prepare(settings)
         with _open_base(settings.base, ledger=plan.ledger) as base:
             result = run(plan, base, display.show)
-    (_console if json_ else Console()).print(summary(result))
+    _wide(_console if json_ else Console()).print(summary(result))
     if json_:
         _print_json(result.to_json())
     raise typer.Exit(0 if result.sound else 1)

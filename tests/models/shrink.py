@@ -38,7 +38,7 @@ WIDTHS: dict[str, int] = (
         "cross_hidden_size condition_dim vision_output_dim output_dim qformer_hidden_size pooler_hidden_size "
         "image_text_hidden_size project_dim projection_size model_dim encoder_hidden_dim decoder_embed_dim "
         "encoder_embed_dim fusion_hidden_size mm_hidden_size lru_width embedding_dim "
-        "backbone_hidden_size input_hidden_size entity_emb_size upsample_groups",
+        "audio_hidden_size backbone_hidden_size input_hidden_size entity_emb_size upsample_groups",
         WIDTH,
     )
     | _exact(
@@ -291,6 +291,29 @@ def _rope(parameters: dict[str, Any], sectioned: bool = False) -> dict[str, Any]
 _ATTENTION = ["full_attention"]
 
 ADJUSTMENTS: dict[str, Mapping[str, Any]] = {
+    "beit": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
+    "data2vec-vision": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}},
+    "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}},
+    "dots3_note": {"audio_config": {"adapter_out_dim": 64}},
+    "emu3": {"vocabulary_map": {"<image>": 299, "<|extra_200|>": 298}
+             | {f"<|visual token {code:06d}|>": 300 + code for code in range(16)}, "vq_config": {"codebook_size": 16}},
+    "ernie4_5_vl_moe_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}},
+    "focalnet": {"hidden_sizes": [64, 128, 256, 512]},
+    "gemma4_unified_assistant": {"text_config": {"layer_types": ["sliding_attention", "full_attention"] * 2,
+                                                 "num_hidden_layers": 4, "num_kv_shared_layers": 2}},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0], [1, 1]], "spatial_target_layers": [0, 1, 0, 1]},
+    "hiera": {"decoder_hidden_size": 64, "decoder_depth": 2, "decoder_num_heads": 4},
+    "moonshine_streaming": {"num_key_value_heads": 4},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 298},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 298},
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 96},
+    "sapiens2": {"head_config": {"upsample_out_channels": [32, 32], "conv_out_channels": [32],
+                                 "scale_conv_out_channels": [16], "scale_final_hidden_sizes": [16]}},
+    "t5": {"decoder_start_token_id": 0},
+    "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}},
+    "vitmatte": {"fusion_hidden_sizes": [256, 128, 64, 32]},
     "bamba": {"attn_layer_indices": [1], "num_hidden_layers": 2},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "cosmos3_edge_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}},

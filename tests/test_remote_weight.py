@@ -192,6 +192,70 @@ def test_products_and_their_gradients(hosted: Hosted, name: str, leading: tuple[
     assert close(rows.grad, exact_rows.grad)
 
 
+CUTS: dict[str, tuple[tuple[int, ...], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]] = {
+    # Four ranges of twelve rows, each with rows of its own; and the other way about.
+    "ranges of rows": ((4, 5, 32), lambda rows, weight: torch.bmm(rows, weight.view(4, -1, 32).transpose(1, 2))),
+    "ranges of rows, mirrored": ((4, 5, 12), lambda rows, weight: torch.bmm(rows, weight.view(4, 12, 32))),
+    "ranges of rows, all alike": ((5, 32), lambda rows, weight: rows @ weight.reshape((4, 12, -1)).mT),
+    # Kernels of eight, four and one taps.
+    "convolution": ((2, 4, 20), lambda rows, weight: F.conv1d(rows, weight.view(48, 8, 4).transpose(1, 2))),
+    "convolution, every option": (
+        (3, 8, 20),
+        lambda rows, weight: F.conv1d(
+            rows,
+            weight.view(48, 4, 8).transpose(1, 2),
+            torch.arange(48).to(rows.dtype),
+            stride=2,
+            padding=(3,),
+            dilation=3,
+        ),
+    ),
+    "convolution of one tap": ((2, 32, 7), lambda rows, weight: F.conv1d(rows, weight.view(48, 1, 32).mT)),
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_a_matrix_that_a_view_cuts(linear: Hosted, name: str) -> None:
+    shape, multiply = CUTS[name]
+    rows = torch.randn(shape, requires_grad=True)
+    exact_rows = rows.detach().double().requires_grad_(True)
+    answer, truth = multiply(rows, linear.weight), multiply(exact_rows, linear.exact)
+    assert close(answer, truth)
+    grad = torch.randn_like(answer)
+    answer.backward(grad)
+    truth.backward(grad.double())
+    assert rows.grad is not None
+    assert exact_rows.grad is not None
+    assert close(rows.grad, exact_rows.grad)
+    assert not linear.base.downloaded
+
+
+def test_a_view_that_cuts_both_ways_needs_the_numbers(linear: Hosted) -> None:
+    with pytest.raises(RemoteWeightError, match="needs the numbers"):
+        linear.weight.view(24, 2, 32).view(24, 64)
+    with pytest.raises(RemoteWeightError, match="needs the numbers"):
+        linear.weight.view(24, 8, 8)
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
+        linear.weight.view(5, -1, 32)
+
+
+def test_a_parameter_is_no_row_of_a_view(linear: Hosted) -> None:
+    private = nn.Parameter(torch.randn(4, 5, 32))
+    with pytest.raises(RemoteWeightError):
+        torch.bmm(private, linear.weight.view(4, 12, 32).mT)
+    with pytest.raises(RemoteWeightError):
+        F.conv1d(nn.Parameter(torch.randn(2, 4, 20)), linear.weight.view(48, 8, 4).mT)
+
+
+def test_changing_what_a_view_shares(linear: Hosted) -> None:
+    copy_of_it = linear.weight.clone()
+    view = copy_of_it.view(4, 12, 32)
+    with pytest.raises(RemoteWeightError):
+        copy_of_it += torch.ones(48, 32)
+    with pytest.raises(RemoteWeightError):
+        view += torch.ones(4, 12, 32)
+
+
 @pytest.mark.parametrize(
     "multiply",
     [

@@ -6,6 +6,8 @@ ordinary tensor code, so autograd differentiates it with respect to the local op
 
     rows (W + D)ᵀ = rows Wᵀ + rows Dᵀ        rows (W L)ᵀ = (rows Lᵀ) Wᵀ        rows (L W)ᵀ = (rows Wᵀ) Lᵀ
 
+A matrix whose rows `view` cuts into ranges is a stack of matrices; with its columns cut, it is a kernel of `conv1d`.
+
 An expression has a shape, a dtype and a device, and no numbers. An operation outside the algebra needs them: they are
 computed from downloaded weights where the host's policy allows it, differentiably, and refused with a typed error
 otherwise. A local operand is never sent: only the rows of a product with activations are (`row_custody`).
@@ -26,7 +28,7 @@ from torch.overrides import get_default_nowrap_functions
 from torch.utils._pytree import tree_any, tree_map_only
 
 from symbiosis.clients.read_only import is_in_place
-from symbiosis.clients.row_custody import asked_by
+from symbiosis.clients.row_custody import are_activations, asked_by
 from symbiosis.clients.row_products import PRODUCTS, RowTarget
 from symbiosis.errors import RemoteWeightError
 from symbiosis.protocols.messages import Segment
@@ -199,6 +201,48 @@ class _Before(_Node):
 
     def with_locals(self, change: Change) -> _Node:
         return _Before(self.inner.with_locals(change), change(self.local))
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut(_Node):
+    """A matrix `(O, I)` seen with three dimensions, as `view(*sizes)` does: its rows or its columns cut in ranges.
+
+    Ranges of rows, `(E, O/E, I)`, are a stack. The host multiplies by the whole matrix, of which each row's own range
+    is kept: E times the work and the answer, and the same rows. Ranges of columns, `(O, K, I/K)`, are the taps of a
+    convolution's kernel.
+    """
+
+    inner: _Node
+    sizes: tuple[int, int, int]
+    width: int
+    """I."""
+
+    @property
+    def cuts_columns(self) -> bool:
+        """Whether the columns are cut; a kernel of one tap is no cut at all, and either."""
+        return self.sizes[1] * self.sizes[2] == self.width
+
+    def times(self, rows: torch.Tensor, *, transposed: bool) -> torch.Tensor:
+        raise _outside("a product of rows with a matrix of three dimensions")
+
+    def times_segments(self, rows_TI: torch.Tensor, segments: tuple[Segment, ...], *, transposed: bool) -> torch.Tensor:
+        count, height, width = self.sizes
+        if width != self.width:
+            raise _outside("a product of rows with ranges of a weight's columns")
+        lengths = [segment.rows for segment in segments]
+        starts = [segment.matrix * height for segment in segments]
+        if transposed:
+            answers = self.inner.times(rows_TI, transposed=True).split(lengths)
+            return torch.cat([part.narrow(1, start, height) for part, start in zip(answers, starts, strict=True)])
+        parts, last = rows_TI.split(lengths), (count - 1) * height
+        placed = [F.pad(part, (start, last - start)) for part, start in zip(parts, starts, strict=True)]
+        return self.inner.times(torch.cat(placed), transposed=False)
+
+    def numbers(self, reason: object) -> torch.Tensor:
+        return self.inner.numbers(reason).reshape(self.sizes)
+
+    def with_locals(self, change: Change) -> _Node:
+        return _Cut(self.inner.with_locals(change), self.sizes, self.width)
 
 
 class _Spent(_Node):
@@ -532,9 +576,58 @@ def _flip_matrix(target: Any) -> Any:
     return _flip(target) if target.dim() == 2 else NotImplemented
 
 
-def _reshape_to_itself(target: Any, *shape: Any) -> Any:
+def _reshape(target: Any, *shape: Any) -> Any:
+    """To the same shape, or a matrix to three dimensions of which one is its own."""
     sizes = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], Sequence) else shape
-    return _view(target) if sizes == tuple(target.shape) else NotImplemented
+    if not isinstance(target, RowTarget) or not all(isinstance(size, int) for size in sizes):
+        return NotImplemented
+    if sizes == tuple(target.shape):
+        return _view(target)
+    return _cut(target, sizes) if target.dim() == 2 and len(sizes) == 3 else NotImplemented
+
+
+def _cut(target: Any, sizes: tuple[int, ...]) -> Any:
+    height, width = target.shape
+    if min(height, width) == 0:
+        return NotImplemented
+    first, second, third = torch.empty((), device="meta").expand(height, width).reshape(sizes).shape
+    if third != width and first != height:
+        return NotImplemented
+    seen = target.detach()  # from now on something else stands for the same memory
+    return _shared(_expression(_Cut(_node(seen), (first, second, third), width), seen, shape=(first, second, third)))
+
+
+def _convolution(
+    input: torch.Tensor,  # noqa: A002
+    weight: Any,
+    bias: torch.Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    """`conv1d` by a kernel `(O, I, K)` whose taps are a linear layer's columns: the windows are the layer's rows."""
+    node = weight._node if isinstance(weight, WeightExpression) else None
+    if not isinstance(node, _Flipped) or not isinstance(node.inner, _Cut) or not node.inner.cuts_columns:
+        return NotImplemented
+    if groups != 1 or isinstance(padding, str) or not _is_local(input) or not are_activations(input):
+        return NotImplemented
+    stride, padding, dilation = (_single(value) for value in (stride, padding, dilation))
+    windows = _windows(input, node.inner.sizes[1], stride=stride, padding=padding, dilation=dilation)
+    answer = node.inner.inner.times(windows, transposed=True)
+    return (answer if bias is None else answer + bias.to(answer.dtype)).mT
+
+
+def _single(value: Any) -> int:
+    return int(value[0] if isinstance(value, Sequence) else value)
+
+
+def _windows(input: torch.Tensor, taps: int, *, stride: int, padding: int, dilation: int) -> torch.Tensor:  # noqa: A002
+    """`(..., T', K I)` of `(..., I, T)`: what each step of a convolution reads, tap after tap."""
+    frames = F.pad(input, (padding, padding)).mT
+    span = frames.shape[-2] - dilation * (taps - 1)
+    starts = range(0, dilation * taps, dilation)
+    return torch.cat([frames[..., start : start + span : stride, :] for start in starts], dim=-1)
 
 
 def _convert(target: Any, *args: Any, **kwargs: Any) -> Any:
@@ -577,7 +670,8 @@ ALGEBRA: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.t, _T.t, _T.T.__get__), _flip_matrix),  # type: ignore[attr-defined]
     _T.mT.__get__: _flip,  # type: ignore[attr-defined]
     **dict.fromkeys((torch.transpose, _T.transpose), _flip),
-    **dict.fromkeys((_T.view, _T.reshape, torch.reshape), _reshape_to_itself),
+    **dict.fromkeys((_T.view, _T.reshape, torch.reshape), _reshape),
+    **dict.fromkeys((F.conv1d, torch.conv1d), _convolution),
     _T.to: _convert,
     _T.cpu: _to_cpu,
     **{getattr(_T, name): _convert_by(name) for name in ("float", "half", "double", "bfloat16")},

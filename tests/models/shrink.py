@@ -98,6 +98,7 @@ COUNTS: dict[str, int] = (
     | _exact("max_source_positions", 32)
     | _exact("num_queries", 12)
     | _exact("index_topk", 4)
+    | _exact("hc_mult", 2)
     | _exact("num_denoising", 0)
     | _exact("num_position_embeddings", 256)
     | _exact("train_num_points", 64)
@@ -299,7 +300,8 @@ ADJUSTMENTS: dict[str, Mapping[str, Any]] = {
     "dots3_note": {"audio_config": {"adapter_out_dim": 64}},
     "emu3": {"vocabulary_map": {"<image>": 299, "<|extra_200|>": 298}
              | {f"<|visual token {code:06d}|>": 300 + code for code in range(16)}, "vq_config": {"codebook_size": 16}},
-    "ernie4_5_vl_moe_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}},
+    "ernie4_5_vl_moe_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                                                 "mrope_section": [3, 3, 2]}},
     "focalnet": {"hidden_sizes": [64, 128, 256, 512]},
     "gemma4_unified_assistant": {"text_config": {"layer_types": ["sliding_attention", "full_attention"] * 2,
                                                  "num_hidden_layers": 4, "num_kv_shared_layers": 2}},
@@ -311,6 +313,9 @@ ADJUSTMENTS: dict[str, Mapping[str, Any]] = {
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 96},
     "sapiens2": {"head_config": {"upsample_out_channels": [32, 32], "conv_out_channels": [32],
                                  "scale_conv_out_channels": [16], "scale_final_hidden_sizes": [16]}},
+    # As many queries as proposals: which of two near equal ones are picked is a matter of rounding.
+    "rt_detr": {"num_queries": 84},
+    "rt_detr_v2": {"num_queries": 84},
     "t5": {"decoder_start_token_id": 0},
     "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}},
     "vitmatte": {"fusion_hidden_sizes": [256, 128, 64, 32]},

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_any, tree_map_only
 
 from symbiosis.clients.read_only import is_in_place
 from symbiosis.clients.row_custody import are_activations, asked_by
-from symbiosis.clients.row_products import PRODUCTS, RowTarget
+from symbiosis.clients.row_products import PRODUCTS, RowTarget, is_target
 from symbiosis.errors import RemoteWeightError
 from symbiosis.protocols.messages import Segment
 
@@ -579,7 +579,7 @@ def _flip_matrix(target: Any) -> Any:
 def _reshape(target: Any, *shape: Any) -> Any:
     """To the same shape, or a matrix to three dimensions of which one is its own."""
     sizes = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], Sequence) else shape
-    if not isinstance(target, RowTarget) or not all(isinstance(size, int) for size in sizes):
+    if not is_target(target) or not all(isinstance(size, int) for size in sizes):
         return NotImplemented
     if sizes == tuple(target.shape):
         return _view(target)

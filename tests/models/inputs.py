@@ -13,6 +13,7 @@ from itertools import product
 from typing import Any
 
 import torch
+from own_inputs import OWN
 
 BATCH, LENGTH, FRAMES, SECONDS = 2, 8, 64, 4000
 FIRST_TOKEN, LAST_TOKEN = 100, 199
@@ -79,6 +80,8 @@ def _configs(config: Any) -> Iterator[Any]:
 def candidates(model: Any) -> Iterator[Inputs]:
     """Inputs to try, the richest first."""
     wanted = Wanted(model)
+    if wanted.kind in OWN:
+        yield OWN[wanted.kind](wanted)
     for body in _bodies(wanted):
         inputs = {name: value for name, value in body.items() if name in wanted.names}
         for labels in _labels(wanted, inputs):
@@ -265,7 +268,7 @@ def _flat_patches(wanted: Wanted) -> torch.Tensor:
         wanted.number("patch_size", default=14),
         wanted.number("in_channels", "in_chans", "num_channels", default=3),
     )
-    return wanted.noise(16, channels * patch**2 * wanted.number("temporal_patch_size", default=1))
+    return wanted.noise(16, channels * patch**2 * wanted.number("temporal_patch_size", "patch_temporal", default=1))
 
 
 def _with_past(wanted: Wanted, width: int) -> torch.Tensor:

@@ -305,7 +305,8 @@ ADJUSTMENTS: dict[str, Mapping[str, Any]] = {
     "focalnet": {"hidden_sizes": [64, 128, 256, 512]},
     "gemma4_unified_assistant": {"text_config": {"layer_types": ["sliding_attention", "full_attention"] * 2,
                                                  "num_hidden_layers": 4, "num_kv_shared_layers": 2}},
-    "granite4_vision": {"deepstack_layer_map": [[0, 0], [1, 1]], "spatial_target_layers": [0, 1, 0, 1]},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0], [1, 1]], "spatial_target_layers": [0, 1, 0, 1],
+                        "downsample_rate": "1/2"},
     "hiera": {"decoder_hidden_size": 64, "decoder_depth": 2, "decoder_num_heads": 4},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 298},
@@ -372,6 +373,13 @@ ADJUSTMENTS: dict[str, Mapping[str, Any]] = {
 """What the rules above do not know, by model type; a dictionary for a part is laid over the shrunk part."""
 
 
+OF_CLASSES: dict[str, Mapping[str, Any]] = {
+    "ReformerForMaskedLM": {"is_decoder": False},
+    "T5GemmaEncoderModel": {"is_encoder_decoder": False},
+}
+"""What one class of a type wants otherwise than the others."""
+
+
 def build(model_class: Any, config: Any) -> Any:
     """The model, frozen, in eval mode, its weights large enough that a wrong layer shows.
 
@@ -385,6 +393,8 @@ def build(model_class: Any, config: Any) -> Any:
             count = 0
     if count > MAX_PARAMETERS:
         raise TooLargeError(f"{count / 1e6:.0f} million parameters")
+    for name, value in OF_CLASSES.get(model_class.__name__, {}).items():
+        setattr(config, name, value)
     torch.manual_seed(20)
     model = make(model_class, config).float().eval()
     seeded(model)

@@ -31,6 +31,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.utils._pytree import tree_map_only  # noqa: E402
 from transformers import CONFIG_MAPPING  # noqa: E402
 from transformers.models.auto import modeling_auto  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
@@ -144,6 +145,9 @@ def _config_for(model_class: Any, config: Any) -> Any:
     for part in vars(config).values():
         if isinstance(part, wanted):
             return part
+    if model_class.__name__ == "JevForDecision":  # a head over the text model of any of several types
+        text = config.get_text_config()
+        return wanted(text_config=text, hidden_size=text.hidden_size)
     return config
 
 
@@ -198,7 +202,8 @@ def _repeats(model: Any, inputs: Mapping[str, Any]) -> bool:
 
 
 def _doubled(value: Any) -> Any:
-    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+    """Floating point numbers in float64, those of a structure included."""
+    return tree_map_only(torch.Tensor, lambda one: one.double() if one.is_floating_point() else one, value)
 
 
 def _both(model: Any, inputs: Mapping[str, Any], outcome: Outcome) -> None:

@@ -251,6 +251,11 @@ def _square_patches(wanted: Wanted) -> Inputs:
     return {"pixel_values": wanted.noise(16, 3, patch, patch), "grid_thw": torch.tensor([[1, 4, 4]])}
 
 
+def _merged_squares(wanted: Wanted) -> Inputs:
+    side = wanted.number("patch_size", default=14) * wanted.number("spatial_merge_size", default=2)
+    return {"pixel_values": wanted.noise(16, side, side, 3), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+
+
 def _wave_with_words(wanted: Wanted) -> Inputs:
     return {"input_values": wanted.noise(BATCH, 4000) * 0.1, "decoder_input_ids": wanted.tokens(BATCH, 6)}
 
@@ -270,6 +275,7 @@ OWN: dict[str, Callable[[Any], dict[str, Any]]] = {
     "GraniteSpeech5ForCTC": _labelled_speech,
     "IdeficsForVisionText2Text": _seen_words,
     "IdeficsModel": _seen_words,
+    "Inkling2VisionModel": _merged_squares,
     "JevForDecision": _judgement,
     "Kimi_K25VisionModel": _square_patches,
     "Kosmos2ForConditionalGeneration": _grounded_words,

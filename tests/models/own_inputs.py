@@ -299,6 +299,8 @@ OWN: dict[str, Callable[[Any], dict[str, Any]]] = {
     "SpeechT5Model": _encoded_speech,
     "SplinterForPreTraining": _asked_span,
     "TvpModel": _video_with_words,
+    "VibeVoiceAcousticTokenizerDecoderModel": lambda wanted: {"hidden_states": wanted.noise(BATCH, 64, 4)},
+    "VibeVoiceAcousticTokenizerEncoderModel": lambda wanted: {"hidden_states": wanted.noise(BATCH, 1, 6400)},
     "VideoLlama3VisionModel": _merged_patches,
     "VideoMAEForPreTraining": _masked_video,
 }

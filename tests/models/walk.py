@@ -334,14 +334,17 @@ def _count(model: Any, base: Any, called: set[int], outcome: Outcome) -> None:
     layers = [layer.name for layer in base.manifest.layers]
     remote = set(layers) - set(base.downloaded)
     met = {layers[position] for position in called} & remote
+    # A weight that two blocks share has one name at the host, not always the first.
+    named = dict(model.named_parameters(remove_duplicate=False))
+    known, at_host, in_use = ({id(named[name]) for name in names} for names in (layers, remote, met))
     total = sum(sizes.values())
-    here = sum(size for name, size in sizes.items() if name in remote)
-    used = sum(size for name, size in sizes.items() if name in met)
+    here = sum(size for name, size in sizes.items() if id(named[name]) in at_host)
+    used = sum(size for name, size in sizes.items() if id(named[name]) in in_use)
     outcome.block_weights = total
     outcome.hosted = here / total if total else None
     outcome.used = used / here if here else None
     outcome.downloaded = _kinds(base.downloaded)
-    outcome.local = _kinds(name for name in sizes if name not in layers)
+    outcome.local = _kinds(name for name in sizes if id(named[name]) not in known)
 
 
 def _kinds(names: Iterable[str]) -> tuple[str, ...]:

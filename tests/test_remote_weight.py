@@ -197,6 +197,8 @@ CUTS: dict[str, tuple[tuple[int, ...], Callable[[torch.Tensor, torch.Tensor], to
     "ranges of rows": ((4, 5, 32), lambda rows, weight: torch.bmm(rows, weight.view(4, -1, 32).transpose(1, 2))),
     "ranges of rows, mirrored": ((4, 5, 12), lambda rows, weight: torch.bmm(rows, weight.view(4, 12, 32))),
     "ranges of rows, all alike": ((5, 32), lambda rows, weight: rows @ weight.reshape((4, 12, -1)).mT),
+    "one range of rows": ((2, 3, 32), lambda rows, weight: rows @ weight.view(4, 12, 32)[torch.tensor(2)].T),
+    "the last range, mirrored": ((3, 12), lambda rows, weight: rows.matmul(weight.view(4, 12, 32)[-1])),
     # Kernels of eight, four and one taps.
     "convolution": ((2, 4, 20), lambda rows, weight: F.conv1d(rows, weight.view(48, 8, 4).transpose(1, 2))),
     "convolution, every option": (
@@ -235,6 +237,8 @@ def test_a_view_that_cuts_both_ways_needs_the_numbers(linear: Hosted) -> None:
         linear.weight.view(24, 2, 32).view(24, 64)
     with pytest.raises(RemoteWeightError, match="needs the numbers"):
         linear.weight.view(24, 8, 8)
+    with pytest.raises(IndexError):
+        linear.weight.view(4, 12, 32)[4]
     with pytest.raises(RuntimeError, match="invalid for input of size"):
         linear.weight.view(5, -1, 32)
 

@@ -17,6 +17,7 @@ Shape legend: ... any leading dimensions, T rows packed, I and O widths, E matri
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -243,6 +244,26 @@ class _Cut(_Node):
 
     def with_locals(self, change: Change) -> _Node:
         return _Cut(self.inner.with_locals(change), self.sizes, self.width)
+
+
+@dataclass(frozen=True, slots=True)
+class _Matrix(_Node):
+    """One matrix of a stack."""
+
+    stack: _Node
+    index: int
+
+    def times(self, rows: torch.Tensor, *, transposed: bool) -> torch.Tensor:
+        packed = rows.reshape(-1, rows.shape[-1])
+        segments = (Segment(matrix=self.index, rows=packed.shape[0]),)
+        answer = self.stack.times_segments(packed, segments, transposed=transposed)
+        return answer.reshape(*rows.shape[:-1], answer.shape[-1])
+
+    def numbers(self, reason: object) -> torch.Tensor:
+        return self.stack.numbers(reason)[self.index]
+
+    def with_locals(self, change: Change) -> _Node:
+        return _Matrix(self.stack.with_locals(change), self.index)
 
 
 class _Spent(_Node):
@@ -597,6 +618,21 @@ def _cut(target: Any, sizes: tuple[int, ...]) -> Any:
     return _shared(_expression(_Cut(_node(seen), (first, second, third), width), seen, shape=(first, second, third)))
 
 
+def _matrix(target: Any, index: Any) -> Any:
+    """`stack[index]` of ranges of rows."""
+    node = target._node if isinstance(target, WeightExpression) else None
+    if not isinstance(node, _Cut) or node.sizes[2] != node.width or isinstance(index, bool | slice | tuple):
+        return NotImplemented
+    if isinstance(index, torch.Tensor) and (index.dim() or index.is_floating_point() or index.dtype is torch.bool):
+        return NotImplemented
+    count, height, width = node.sizes
+    place = operator.index(index)
+    if not -count <= place < count:
+        raise IndexError(f"matrix {place} of a stack of {count}")
+    target._shared = True
+    return _shared(_expression(_Matrix(node, place % count), target, shape=(height, width)))
+
+
 def _convolution(
     input: torch.Tensor,  # noqa: A002
     weight: Any,
@@ -671,6 +707,7 @@ ALGEBRA: dict[Any, Callable[..., Any]] = {
     _T.mT.__get__: _flip,  # type: ignore[attr-defined]
     **dict.fromkeys((torch.transpose, _T.transpose), _flip),
     **dict.fromkeys((_T.view, _T.reshape, torch.reshape), _reshape),
+    _T.__getitem__: _matrix,
     **dict.fromkeys((F.conv1d, torch.conv1d), _convolution),
     _T.to: _convert,
     _T.cpu: _to_cpu,

@@ -3,7 +3,8 @@
 Four rules, numbered where they are applied:
 
 1. weights of `nn.Linear` and `Conv1D` (GPT-2) modules, with two dimensions, the packed projections of
-   `nn.MultiheadAttention`, and the stacks of matrices, with three, of modules that hold a mixture's experts;
+   `nn.MultiheadAttention`, and the stacks of matrices, with three (or two: one below the other), of modules that hold
+   a mixture's experts;
 2. only inside a repeated block: a component of the module's path is a number, as in `model.layers.0.self_attn.q_proj`;
 3. never the input or output embeddings, nor a tensor that is tied to one;
 4. a weight that several modules share has one name, the one that the library saves it under.
@@ -48,7 +49,9 @@ def _candidates(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Paramete
     elif "expert" in path.lower() or "expert" in type(module).__name__.lower():
         # How a stack is stored is its module's affair; rows meet it either way, and the direction says which.
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() == 3 and min(parameter.shape) > 0:
+            # DBRX stores its stacks as one matrix, range after range of rows.
+            flat = parameter.dim() == 2 and "expert" in type(module).__name__.lower() and "bias" not in name
+            if (flat or parameter.dim() == 3) and min(parameter.shape) > 0:
                 yield name, parameter, Orientation.OUT_IN
 
 

@@ -134,9 +134,12 @@ class Base:
         config = kwargs.pop("config", None)
         if config is None:
             config, kwargs = AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
-        if (folder / "generation_config.json").is_file():
-            kwargs.setdefault("generation_config", GenerationConfig.from_pretrained(folder))
         concrete = _concrete_class(model_class, config)
+        if (folder / "generation_config.json").is_file():
+            reader = getattr(
+                concrete, "generation_config_class", GenerationConfig
+            )  # block diffusion has one of its own
+            kwargs.setdefault("generation_config", reader.from_pretrained(folder))
         state = self._state_dict()
         model = concrete.from_pretrained(None, config=config, state_dict=dict(state), **kwargs)
         if type(model).__name__ == self.manifest.architecture:

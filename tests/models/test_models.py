@@ -29,6 +29,7 @@ UNLIKE = [
     ("vit", "ViTForImageClassification"),
     ("pixio", "PixioBackbone"),  # two parameters that only the base model's prefix tells apart
     ("whisper", "WhisperForConditionalGeneration"),
+    ("diffusion_gemma", "DiffusionGemmaForBlockDiffusion"),  # a generation config of its own, blocks that share weights
     ("dbrx", "DbrxForCausalLM"),  # stacks stored as one matrix
     ("deepseek_v4", "DeepseekV4ForCausalLM"),  # a projection in ranges of rows
     ("wav2vec2", "Wav2Vec2ForXVector"),  # linear layers that are a convolution's kernels

@@ -127,7 +127,7 @@ class EgressGate:
             dtype=dtype_name(call.rows.dtype),
         )
         if self._transcript is not None:  # last: what is recorded has passed every rule
-            self._transcript.write(layers=layers, direction=call.direction, rows=call.rows)
+            self._transcript.write(layers=layers, direction=call.direction, rows=call.rows, segments=call.segments)
 
     def _check_number(self, number: int) -> None:
         if number <= self._last_number:

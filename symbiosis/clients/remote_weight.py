@@ -128,9 +128,9 @@ class RemoteWeight(RowTarget, torch.Tensor):
         direction, dtype = self._direction(transposed), _product_dtype(rows)
         if self._matrix is None:
             return self._source.multiplier.multiply(rows, self._layer.name, direction, dtype=dtype)
-        count = rows.numel() // max(1, rows.shape[-1])
-        segments = (Segment(matrix=self._matrix, rows=count),) if count else ()
-        return self._source.multiplier.multiply_stack(rows, self._layer.name, direction, segments, dtype=dtype)
+        return self._source.multiplier.multiply_one_of_stack(
+            rows, self._layer.name, direction, self._matrix, dtype=dtype
+        )
 
     def multiply_segments(
         self, rows_TI: torch.Tensor, segments: tuple[Segment, ...], *, transposed: bool

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from symbiosis.clients.base import Base
 from symbiosis.clients.connection import connect
+from symbiosis.clients.experts import Experts, experts_of
 from symbiosis.clients.gate import EgressGate
 from symbiosis.clients.session import Session
 from symbiosis.errors import UnsupportedError
@@ -41,6 +42,7 @@ def local_base(
     ledger: str | Path | None = None,
     publish: Publish | str = Publish.HALF,
     weights: Storage | str = Storage.FLOAT,
+    experts: Experts | str = Experts.CALLED,
 ) -> Base:
     """Host a base here and connect to it.
 
@@ -54,13 +56,14 @@ def local_base(
         ledger: file to continue or begin; by default one that is removed when the base is closed.
         publish: what the host publishes; `"all"` lets operations that need a hosted weight's numbers download it.
         weights: `"float"`, or `"int8"` to hold them rounded to eight bits, one scale per output row.
+        experts: as `connect`.
 
     Raises:
         ConfigurationError: the base cannot be hosted, or an argument cannot be used.
     """
     if transport not in {"inprocess", "grpc"}:
         raise UnsupportedError(f"there is no transport {transport!r} in this version", "Use 'inprocess' or 'grpc'")
-    mechanism = resolve_mechanism(privacy)
+    mechanism, choice = resolve_mechanism(privacy), experts_of(experts)
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="symbiosis-local-")))
         host = stack.enter_context(Host(_hosted(model_or_path, Publish(publish), Storage(weights))))
@@ -74,6 +77,7 @@ def local_base(
                 record=record,
                 ledger=ledger_path,
                 cache=None,
+                experts=choice,
             )
         else:
             transcript = TranscriptWriter(record) if record is not None else None
@@ -81,7 +85,7 @@ def local_base(
             stack.callback(book.close)
             gate = EgressGate(book, destination="inprocess", transcript=transcript)
             session = Session(InProcessTransport(host, tenant=LOCAL_TENANT), gate, mechanism)
-            base = Base(session, book)
+            base = Base(session, book, experts=choice)
         return base.own(stack.pop_all().close)
 
 

@@ -14,7 +14,7 @@ from symbiosis.clients.connection import connect
 from symbiosis.clients.experts import Experts, experts_of
 from symbiosis.clients.gate import EgressGate
 from symbiosis.clients.session import Session
-from symbiosis.errors import UnsupportedError
+from symbiosis.errors import ConfigurationError, UnsupportedError
 from symbiosis.privacy.ledger import Ledger
 from symbiosis.privacy.mechanism import Mechanism, resolve_mechanism
 from symbiosis.protocols.authority import Authority
@@ -42,6 +42,7 @@ def local_base(
     ledger: str | Path | None = None,
     publish: Publish | str = Publish.HALF,
     weights: Storage | str = Storage.FLOAT,
+    dtype: str = "auto",
     experts: Experts | str = Experts.CALLED,
 ) -> Base:
     """Host a base here and connect to it.
@@ -56,6 +57,7 @@ def local_base(
         ledger: file to continue or begin; by default one that is removed when the base is closed.
         publish: what the host publishes; `"all"` lets operations that need a hosted weight's numbers download it.
         weights: `"float"`, or `"int8"` to hold them rounded to eight bits, one scale per output row.
+        dtype: dtype of a base that is loaded; `auto` keeps the file's.
         experts: as `connect`.
 
     Raises:
@@ -66,7 +68,7 @@ def local_base(
     mechanism, choice = resolve_mechanism(privacy), experts_of(experts)
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="symbiosis-local-")))
-        host = stack.enter_context(Host(_hosted(model_or_path, Publish(publish), Storage(weights))))
+        host = stack.enter_context(Host(_hosted(model_or_path, Publish(publish), Storage(weights), dtype)))
         ledger_path = Path(ledger) if ledger is not None else scratch / "ledger.jsonl"
         if transport == "grpc":
             address = _serve(host, scratch, stack)
@@ -89,9 +91,11 @@ def local_base(
         return base.own(stack.pop_all().close)
 
 
-def _hosted(model_or_path: PreTrainedModel | str | Path, publish: Publish, storage: Storage) -> HostedBase:
+def _hosted(model_or_path: PreTrainedModel | str | Path, publish: Publish, storage: Storage, dtype: str) -> HostedBase:
     if isinstance(model_or_path, str | Path):
-        return load_base(resolve_base(str(model_or_path)), publish=publish, storage=storage)
+        return load_base(resolve_base(str(model_or_path)), dtype=dtype, publish=publish, storage=storage)
+    if dtype != "auto":
+        raise ConfigurationError("`dtype` goes with a base that is loaded", "Cast the model with `model.to(dtype)`")
     with _frozen(model_or_path):
         return host_model(model_or_path, name=type(model_or_path).__name__, publish=publish, storage=storage)
 

@@ -27,7 +27,8 @@ from symbiosis.clients.read_only import ReadOnlyView
 from symbiosis.clients.row_custody import asked_by
 from symbiosis.clients.row_products import PRODUCTS, RowTarget
 from symbiosis.clients.siblings import Multiplier
-from symbiosis.clients.weight_algebra import ALGEBRA, changed_in_place, has_expression, with_numbers
+from symbiosis.clients.weight_algebra import ALGEBRA, has_expression, with_numbers
+from symbiosis.clients.weight_nodes import changed_in_place
 from symbiosis.clients.weight_norms import NORMS
 from symbiosis.errors import PolicyError, RemoteWeightError
 from symbiosis.protocols.facts import Facts

@@ -382,10 +382,20 @@ def _open_base(source: BaseSource, *, ledger: Path | None) -> Base:
             helper=source.helper,
             record=source.record,
             ledger=source.ledger,
+            experts=source.experts,
         )
     from symbiosis.simulations import local_base  # noqa: PLC0415
 
-    return local_base(source.path, privacy=source.privacy, record=source.record, ledger=ledger)
+    return local_base(
+        source.path,
+        privacy=source.privacy,
+        record=source.record,
+        ledger=ledger,
+        publish=source.publish,
+        weights=source.weights,
+        dtype=source.dtype,
+        experts=source.experts,
+    )
 
 
 def _answer(writer: Writer, prompts: list[str | Chat], settings: GenerationSettings, *, quiet: bool) -> dict[str, Any]:

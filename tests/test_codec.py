@@ -66,13 +66,27 @@ PROTOCOLS = Path(symbiosis.protocols.__file__).parent
 WIDTH = 24
 DIGEST = "ab" * 32
 
+
+def layer(name: str, shape: tuple[int, ...], orientation: Orientation, dtype: str) -> Layer:
+    return Layer(
+        name=name,
+        shape=shape,
+        orientation=orientation,
+        dtype=dtype,
+        digest=DIGEST,
+        largest_row_norms=(1.5,) * (shape[0] if len(shape) == 3 else 1),
+        largest_column_norms=(0.25,) * (shape[0] if len(shape) == 3 else 1),
+        facts_digest=DIGEST,
+    )
+
+
 MANIFEST = Manifest(
     base="tiny",
     architecture="LlamaForCausalLM",
     layers=(
-        Layer(name="h.0.q.weight", shape=(16, WIDTH), orientation=Orientation.OUT_IN, dtype="float32", digest=DIGEST),
-        Layer(name="h.0.k.weight", shape=(WIDTH, 8), orientation=Orientation.IN_OUT, dtype="bfloat16", digest=DIGEST),
-        Layer(name="h.0.d.weight", shape=(8, 40), orientation=Orientation.OUT_IN, dtype="float16", digest=DIGEST),
+        layer("h.0.q.weight", (16, WIDTH), Orientation.OUT_IN, "float32"),
+        layer("h.0.k.weight", (WIDTH, 8), Orientation.IN_OUT, "bfloat16"),
+        layer("h.0.d.weight", (8, 40), Orientation.OUT_IN, "float16"),
     ),
     tensors=(PublishedTensor(name="embed.weight", shape=(5, 3), dtype="float32", digest=DIGEST, byte_count=60),),
     files=(PublishedFile(name="config.json", digest=DIGEST, byte_count=7),),
@@ -487,6 +501,24 @@ json_values = st.recursive(
 names = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=20)
 digests = st.text("0123456789abcdef", min_size=64, max_size=64)
 sides = st.integers(1, 10_000)
+
+
+def layers_of_shape(shape: tuple[int, ...]) -> st.SearchStrategy[Layer]:
+    matrices = shape[0] if len(shape) == 3 else 1
+    norms = st.tuples(*[st.floats(0, 1e30)] * matrices)
+    return st.builds(
+        Layer,
+        name=names,
+        shape=st.just(shape),
+        orientation=st.sampled_from(Orientation),
+        dtype=st.sampled_from(["float32", "bfloat16", "int8"]),
+        digest=digests,
+        largest_row_norms=norms,
+        largest_column_norms=norms,
+        facts_digest=digests,
+    )
+
+
 manifests = st.builds(
     Manifest,
     base=names,
@@ -494,14 +526,7 @@ manifests = st.builds(
     publish=st.sampled_from(Publish),
     storage=st.sampled_from(Storage),
     layers=st.lists(
-        st.builds(
-            Layer,
-            name=names,
-            shape=st.one_of(st.tuples(sides, sides), st.tuples(st.integers(1, 64), sides, sides)),
-            orientation=st.sampled_from(Orientation),
-            dtype=st.sampled_from(["float32", "bfloat16", "int8"]),
-            digest=digests,
-        ),
+        st.one_of(st.tuples(sides, sides), st.tuples(st.integers(1, 64), sides, sides)).flatmap(layers_of_shape),
         max_size=4,
         unique_by=lambda layer: layer.name,
     ).map(tuple),
@@ -615,6 +640,12 @@ def test_a_published_file_is_named_like_a_file(name: str) -> None:
         ("layers", {"shape": [0, 4, 4]}),
         ("layers", {"shape": [2**20, 2**20, 2**20]}),
         ("layers", {"dtype": "object"}),
+        ("layers", {"facts_digest": "x"}),
+        *(
+            ("layers", {name: norms})
+            for name in ("largest_row_norms", "largest_column_norms")
+            for norms in ([], [1.0, 1.0], [-1.0], [float("nan")], [float("inf")], [True], [1], ["1.0"], 1.0, None)
+        ),
         ("tensors", {"dtype": "complex64"}),
         ("tensors", {"byte_count": 61}),
         ("tensors", {"shape": [2**36, 2**36], "byte_count": 0}),

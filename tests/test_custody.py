@@ -597,6 +597,8 @@ def test_rule_4_numbers_increase(door: Door) -> None:
         (BlobKind.TENSOR, "model.layers.0.mlp.gate_proj.weight"),
         (BlobKind.TENSOR, "my text, spelled as a name"),
         (BlobKind.MANIFEST, "my text, spelled as a name"),
+        (BlobKind.FACTS, "lm_head.weight"),
+        (BlobKind.FACTS, "my text, spelled as a name"),
     ],
 )
 def test_rule_5_a_fetch_names_what_is_published(door: Door, kind: BlobKind, name: str) -> None:

@@ -441,7 +441,7 @@ def test_a_remote_weight_in_an_optimizer_has_no_gradient(linear: Hosted) -> None
 
 NEEDS_NUMBERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "+": lambda weight: weight + 1,
-    "norm": lambda weight: weight.norm(dim=1),
+    "norm": lambda weight: weight.norm(1, dim=1),
     "sum": torch.sum,
     "index": lambda weight: weight[3],
     "flatten": lambda weight: weight.flatten(),

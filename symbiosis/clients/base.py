@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from symbiosis.clients.experts import Experts
 from symbiosis.clients.half import TenantHalf
 from symbiosis.clients.remote_weight import RemoteWeight, is_remote
 from symbiosis.clients.row_custody import mark_public
@@ -30,6 +31,7 @@ class Base:
         identity: directory of the tenant's key and certificate, where there is one.
         cache: directory for fetched tensors and files; `None` keeps nothing.
         local: a local copy of the base to take the tenant's half from.
+        experts: which experts of a mixture are called.
     """
 
     def __init__(
@@ -40,10 +42,11 @@ class Base:
         identity: Path | None = None,
         cache: Path | None = None,
         local: Path | None = None,
+        experts: Experts = Experts.CALLED,
     ) -> None:
         self._session = session
         self._ledger = ledger
-        self._multiplier = Multiplier(session)
+        self._multiplier = Multiplier(session, experts=experts)
         self._half = TenantHalf(self._multiplier, cache=cache, local=local)
         self._on_close: Callable[[], None] | None = None
         self.identity = identity

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from symbiosis.clients.base import Base
+from symbiosis.clients.experts import Experts, experts_of
 from symbiosis.clients.gate import EgressGate
 from symbiosis.clients.session import Session
 from symbiosis.errors import ConfigurationError, UnsupportedError
@@ -32,6 +33,7 @@ def connect(
     base: str | Path | None = None,
     cache: str | Path | None = DEFAULT_CACHE,
     reply_timeout_s: float = 120.0,
+    experts: Experts | str = Experts.CALLED,
 ) -> Base:
     """Connect to a host.
 
@@ -46,6 +48,8 @@ def connect(
         base: a local directory of the same base, to read the tenant's half from instead of fetching it.
         cache: directory where fetched tensors and files are kept by digest; `None` keeps nothing.
         reply_timeout_s: how long to wait for an answer (seconds).
+        experts: `"called"`, or `"alike"` to send as many rows to every expert of a mixture, so that the host does not
+            see which ones are called (docs/custody.md).
 
     Raises:
         CertificateError: the identity cannot be used, or one side does not accept the other's certificate.
@@ -53,7 +57,7 @@ def connect(
         ConfigurationError: another argument cannot be used; the message says which.
         SymbiosisError: as the host says.
     """
-    mechanism = resolve_mechanism(privacy)
+    mechanism, choice = resolve_mechanism(privacy), experts_of(experts)
     if helper is not None:
         raise UnsupportedError(f"the privacy mode {mechanism.name!r} uses no helper", "Leave `helper` out")
     _check_address(address)
@@ -74,6 +78,7 @@ def connect(
             identity=folder,
             cache=Path(cache).expanduser() if cache is not None else None,
             local=Path(base).expanduser() if base is not None else None,
+            experts=choice,
         )
         undo.pop_all()
     return opened

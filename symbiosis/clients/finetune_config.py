@@ -14,6 +14,14 @@ from typing import Any, Self
 
 from symbiosis.errors import ConfigurationError
 
+CHOICES = {
+    "publish": ("half", "all"),
+    "weights": ("float", "int8"),
+    "dtype": ("auto", "float32", "float64", "float16", "bfloat16"),
+    "experts": ("called", "alike"),
+}
+"""What some keys of `[base]` take; the first is the default."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BaseSource:
@@ -33,6 +41,14 @@ class BaseSource:
     """An existing, empty directory for a recording of what the host sees."""
     ledger: Path | None = None
     """File to continue or begin."""
+    publish: str = "half"
+    """What a base that is hosted here publishes; goes with `path`."""
+    weights: str = "float"
+    """In what it holds its weights; goes with `path`."""
+    dtype: str = "auto"
+    """Its dtype; goes with `path`."""
+    experts: str = "called"
+    """Which experts of a mixture are called."""
 
     def __post_init__(self) -> None:
         if bool(self.address) == bool(self.path):
@@ -46,6 +62,12 @@ class BaseSource:
         for name in ("identity", "helper"):
             if self.path and getattr(self, name) is not None:
                 raise ConfigurationError(f"base.{name} goes with base.address", "Leave it out beside base.path")
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ConfigurationError(f"base.{name} is {value!r}", f"It must be one of {', '.join(choices)}")
+            if self.address and name != "experts" and value != choices[0]:
+                raise ConfigurationError(f"base.{name} goes with base.path", "With an address it is the host's choice")
 
     @property
     def is_hub_id(self) -> bool:
@@ -197,6 +219,7 @@ def _base(section: _Section) -> BaseSource:
         helper=section.text("helper"),
         record=section.path("record"),
         ledger=section.path("ledger"),
+        **{name: section.text(name) or choices[0] for name, choices in CHOICES.items()},
     )
 
 

@@ -6,7 +6,7 @@ The rules of custody, numbered where they are enforced (docs/custody.md says wha
 2. a call's layers, row width, dtype and finiteness agree with the host's manifest;
 3. what is sent is the message and nothing else, byte for byte: a call's payload is its rows;
 4. message numbers increase, so that none is ever used twice;
-5. a fetch names only what the manifest publishes;
+5. a fetch names only what the manifest publishes, or a hosted weight whose norms it wants;
 6. what cannot be entered into the ledger does not leave.
 """
 
@@ -127,7 +127,7 @@ class EgressGate:
             dtype=dtype_name(call.rows.dtype),
         )
         if self._transcript is not None:  # last: what is recorded has passed every rule
-            self._transcript.write(layers=layers, direction=call.direction, rows=call.rows)
+            self._transcript.write(layers=layers, direction=call.direction, rows=call.rows, segments=call.segments)
 
     def _check_number(self, number: int) -> None:
         if number <= self._last_number:
@@ -150,6 +150,7 @@ def _check_fetch(fetch: Fetch, manifest: Manifest | None) -> None:
     published = manifest is not None and (
         (fetch.kind is BlobKind.FILE and manifest.file(fetch.name) is not None)
         or (fetch.kind is BlobKind.TENSOR and fetch.name in _published_tensors(manifest))
+        or (fetch.kind is BlobKind.FACTS and fetch.name in {layer.name for layer in manifest.layers})
     )
     if not published:
         raise CustodyError(f"{fetch.name!r} is not what the host publishes")  # rule 5

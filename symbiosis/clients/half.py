@@ -18,6 +18,7 @@ from symbiosis.clients.session import Session
 from symbiosis.clients.siblings import Multiplier
 from symbiosis.errors import FrameError, PolicyError, UnknownBaseError
 from symbiosis.protocols.canonical import sha256_hex
+from symbiosis.protocols.facts import Facts, facts_byte_count, facts_from_bytes
 from symbiosis.protocols.manifest import Layer, Manifest, PublishedFile, PublishedTensor, require_published
 from symbiosis.protocols.messages import BlobKind, dtype_name
 from symbiosis.protocols.tensors import byte_count, stored_dtype, tensor_digest
@@ -44,6 +45,7 @@ class TenantHalf:
         self._local = _local_tensors(local, self._manifest) if local is not None else None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._downloads: dict[str, torch.Tensor] = {}
+        self._facts: dict[str, Facts] = {}
 
     @property
     def downloaded(self) -> tuple[str, ...]:
@@ -80,6 +82,17 @@ class TenantHalf:
             data = self._fetch_tensor(name, byte_count(layer.shape, stored_dtype(layer.dtype)))
             self._downloads[name] = _read_layer(data, layer)
         return self._downloads[name]
+
+    def facts(self, name: str) -> Facts:
+        """Norms and scales of a hosted weight; see `WeightSource.facts`."""
+        if name not in self._facts:
+            layer = self._manifest.layers[self._manifest.position(name)]
+            self._facts[name] = self._cached(
+                f"{layer.facts_digest}.facts",
+                fetch=lambda: self._session.fetch(BlobKind.FACTS, name, max_bytes=facts_byte_count(layer)),
+                read=lambda data: facts_from_bytes(data, layer, self._manifest.storage),
+            )
+        return self._facts[name]
 
     def files_directory(self) -> Path:
         """A directory with the base's configuration and tokenizer files, as `from_pretrained` wants them."""

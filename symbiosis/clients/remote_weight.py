@@ -9,7 +9,8 @@ What it does, in the order in which an operation meets it:
 2. an operation that only moves it about (`t`, `detach`, `clone`, one matrix of a stack, dtype or device) gives another
    remote weight;
 3. an operation that would write to it, or make it trainable, raises `RemoteWeightError`;
-4. anything else needs its numbers: they are downloaded whole where the host's policy allows it, and the download is
+4. norms of its rows or columns are public facts, fetched when first asked for;
+5. anything else needs its numbers: they are downloaded whole where the host's policy allows it, and the download is
    logged; otherwise `RemoteWeightError` says so.
 """
 
@@ -26,8 +27,11 @@ from symbiosis.clients.read_only import ReadOnlyView
 from symbiosis.clients.row_custody import asked_by
 from symbiosis.clients.row_products import PRODUCTS, RowTarget
 from symbiosis.clients.siblings import Multiplier
-from symbiosis.clients.weight_algebra import ALGEBRA, changed_in_place, has_expression, with_numbers
+from symbiosis.clients.weight_algebra import ALGEBRA, has_expression, with_numbers
+from symbiosis.clients.weight_nodes import changed_in_place
+from symbiosis.clients.weight_norms import NORMS
 from symbiosis.errors import PolicyError, RemoteWeightError
+from symbiosis.protocols.facts import Facts
 from symbiosis.protocols.manifest import Layer, Orientation
 from symbiosis.protocols.messages import Direction, Segment
 
@@ -46,6 +50,10 @@ class WeightSource(Protocol):
         Raises:
             PolicyError: the host does not publish it.
         """
+        ...
+
+    def facts(self, name: str) -> Facts:
+        """Norms and scales of the whole weight."""
         ...
 
 
@@ -105,14 +113,25 @@ class RemoteWeight(RowTarget, torch.Tensor):
         """Full name of the weight in the host's manifest."""
         return self._layer.name
 
+    def facts(self) -> Facts:
+        """Norms of its rows and columns as a map, and scales if it has any; fetched once, not downloaded.
+
+        Raises:
+            SymbiosisError: as the session says.
+        """
+        if self._spent:
+            raise changed_in_place()
+        found = self._source.facts(self._layer.name)
+        return found if self._matrix is None else found.matrix(self._matrix)
+
     def multiply_rows(self, rows: torch.Tensor, *, transposed: bool) -> torch.Tensor:
         """See `RowTarget`; dtype and device of the answer are those of `rows`, or autocast's dtype."""
         direction, dtype = self._direction(transposed), _product_dtype(rows)
         if self._matrix is None:
             return self._source.multiplier.multiply(rows, self._layer.name, direction, dtype=dtype)
-        count = rows.numel() // max(1, rows.shape[-1])
-        segments = (Segment(matrix=self._matrix, rows=count),) if count else ()
-        return self._source.multiplier.multiply_stack(rows, self._layer.name, direction, segments, dtype=dtype)
+        return self._source.multiplier.multiply_one_of_stack(
+            rows, self._layer.name, direction, self._matrix, dtype=dtype
+        )
 
     def multiply_segments(
         self, rows_TI: torch.Tensor, segments: tuple[Segment, ...], *, transposed: bool
@@ -124,6 +143,16 @@ class RemoteWeight(RowTarget, torch.Tensor):
     def numbers(self, reason: object = "an expression") -> torch.Tensor:
         """See `RowTarget`."""
         return self._download(reason)
+
+    def norms_over(self, dim: int) -> torch.Tensor | None:
+        """See `RowTarget`; `None` for the matrices of a stack side by side, and in float64, which facts are not."""
+        if not -self.dim() <= dim < self.dim() or dim % self.dim() < self.dim() - 2 or self.dtype is torch.float64:
+            return None
+        facts = self.facts()
+        over_inputs = dim % self.dim() == self.dim() - 1
+        seen_in_out = self._transposed != (self._layer.orientation is Orientation.IN_OUT)
+        norms = facts.row_norms if over_inputs != seen_in_out else facts.column_norms
+        return norms.to(dtype=self.dtype, device=self.device)
 
     def stands_for(self, other: RemoteWeight) -> bool:
         """Whether both are the same weight, seen the same way."""
@@ -153,9 +182,9 @@ class RemoteWeight(RowTarget, torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Rules 1 and 3, at the level of public functions; the rest goes on to `__torch_dispatch__`."""
+        """Rules 1, 3 and 4, at the level of public functions; the rest goes on to `__torch_dispatch__`."""
         kwargs = kwargs or {}
-        for table in (PRODUCTS, _WRITES, ALGEBRA):
+        for table in (PRODUCTS, _WRITES, ALGEBRA, NORMS):
             handler = table.get(func)
             if handler is not None:
                 result = handler(*args, **kwargs)
@@ -174,7 +203,7 @@ class RemoteWeight(RowTarget, torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Rules 2 to 4, at the level of ATen operators."""
+        """Rules 2, 3 and 5, at the level of ATen operators."""
         kwargs = kwargs or {}
         mover = _MOVES.get(func)
         if mover is not None and isinstance(args[0], RemoteWeight):

@@ -37,6 +37,10 @@ class RowTarget(HeldElsewhere):
         """
         raise TypeError(f"{type(self).__name__} has no numbers")
 
+    def norms_over(self, dim: int) -> torch.Tensor | None:
+        """L2 norms over dimension `dim`, where the host tells them without the numbers; `None` where it does not."""
+        return None
+
     def give_up(self) -> RowTarget | None:
         """Refuse every later use, and give what stands for the weight now; `None` where a view may share its memory."""
         return None

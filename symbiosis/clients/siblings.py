@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from symbiosis.clients.experts import Experts, multiply_alike, shows_the_expert
 from symbiosis.clients.product import Product
 from symbiosis.clients.session import Session
 from symbiosis.errors import ProtocolError
@@ -55,12 +56,14 @@ class Multiplier:
 
     Args:
         session: an open session.
+        experts: which matrices of a stack are called.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, *, experts: Experts = Experts.CALLED) -> None:
         if session.manifest is None:
             raise ProtocolError("the session is not open yet")
         self.session = session
+        self._experts = experts
         self.manifest: Manifest = session.manifest
         self._groups: dict[int, tuple[int, ...]] = {}
         self._misses: Counter[int] = Counter()
@@ -110,7 +113,31 @@ class Multiplier:
         Returns:
             Shape `(..., O)`, of `dtype`, on the device of `rows`.
         """
-        return self._products(rows.to(dtype), (self.manifest.position(name),), direction, segments)[0]
+        layer = self.manifest.position(name)
+        matrices = self.manifest.layers[layer].matrices
+        if self._experts is Experts.CALLED or not segments or matrices is None:
+            return self._products(rows.to(dtype), (layer,), direction, segments)[0]
+        answer_TO = multiply_alike(
+            rows.to(dtype).reshape(-1, rows.shape[-1]),
+            segments,
+            matrices=matrices,
+            multiply=lambda padded, alike: self._products(padded, (layer,), direction, alike)[0],
+        )
+        return answer_TO.view(*rows.shape[:-1], answer_TO.shape[1])
+
+    def multiply_one_of_stack(
+        self, rows: torch.Tensor, name: str, direction: Direction, matrix: int, *, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The product of rows with one matrix of the stack called `name`; otherwise as `multiply_stack`.
+
+        Raises:
+            RemoteWeightError: experts are to be called alike, and this would show which one is.
+        """
+        if self._experts is Experts.ALIKE:
+            raise shows_the_expert(name)
+        count = rows.numel() // max(1, rows.shape[-1])
+        segments = (Segment(matrix=matrix, rows=count),) if count else ()
+        return self.multiply_stack(rows, name, direction, segments, dtype=dtype)
 
     def forget(self) -> None:
         """Let go of the last tensor and of the answers kept for it."""

@@ -1,11 +1,7 @@
 """Expressions of weights that live elsewhere, which rows can again be multiplied by.
 
 `W + D`, `s W`, `W L` and `L W` are linear in the rows, so a method that rewrites a weight needs no number of it: a
-product with rows becomes products of transformed rows, in exact arithmetic the same. What is done to the rows is
-ordinary tensor code, so autograd differentiates it with respect to the local operands too.
-
-    rows (W + D)ᵀ = rows Wᵀ + rows Dᵀ        rows (W L)ᵀ = (rows Lᵀ) Wᵀ        rows (L W)ᵀ = (rows Wᵀ) Lᵀ
-
+product with rows becomes products of transformed rows, in exact arithmetic the same (`weight_nodes` has the rules).
 A matrix whose rows `view` cuts into ranges is a stack of matrices; with its columns cut, it is a kernel of `conv1d`.
 
 An expression has a shape, a dtype and a device, and no numbers. An operation outside the algebra needs them: they are
@@ -18,10 +14,8 @@ Shape legend: ... any leading dimensions, T rows packed, I and O widths, E matri
 from __future__ import annotations
 
 import operator
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Self, TypeAlias, cast
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,262 +23,23 @@ from torch.overrides import get_default_nowrap_functions
 from torch.utils._pytree import tree_any, tree_map_only
 
 from symbiosis.clients.read_only import is_in_place
-from symbiosis.clients.row_custody import are_activations, asked_by
+from symbiosis.clients.row_custody import are_activations
 from symbiosis.clients.row_products import PRODUCTS, RowTarget, is_target
-from symbiosis.errors import RemoteWeightError
+from symbiosis.clients.weight_nodes import (
+    Before,
+    Columns,
+    Cut,
+    Flipped,
+    Hosted,
+    Matrix,
+    Node,
+    Plus,
+    Scaled,
+    Spent,
+    Sum,
+    outside,
+)
 from symbiosis.protocols.messages import Segment
-
-Change: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
-
-
-class _Node(ABC):
-    """What an expression says."""
-
-    @abstractmethod
-    def times(self, rows: torch.Tensor, *, transposed: bool) -> torch.Tensor:
-        """`rows @ E`, or `rows @ Eᵀ` if `transposed`."""
-
-    def times_segments(self, rows_TI: torch.Tensor, segments: tuple[Segment, ...], *, transposed: bool) -> torch.Tensor:
-        """Each segment's rows times its matrix (transposed)."""
-        raise _outside("a product of rows with such an expression of many matrices")
-
-    @abstractmethod
-    def numbers(self, reason: object) -> torch.Tensor:
-        """The expression's numbers, from downloaded weights."""
-
-    @abstractmethod
-    def with_locals(self, change: Change) -> _Node:
-        """The same with every local operand changed."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Weight(_Node):
-    """A weight, or its transpose."""
-
-    weight: RowTarget
-    flipped: bool = False
-
-    def times(self, rows: torch.Tensor, *, transposed: bool) -> torch.Tensor:
-        return self.weight.multiply_rows(rows, transposed=transposed != self.flipped)
-
-    def times_segments(self, rows_TI: torch.Tensor, segments: tuple[Segment, ...], *, transposed: bool) -> torch.Tensor:
-        return self.weight.multiply_segments(rows_TI, segments, transposed=transposed != self.flipped)
-
-    def numbers(self, reason: object) -> torch.Tensor:
-        stored = self.weight.numbers(reason)
-        return stored.mT if self.flipped else stored
-
-    def with_locals(self, change: Change) -> _Node:
-        return self
-
-
-@dataclass(frozen=True, slots=True)
-class _Flipped(_Node):
-    """A transpose."""
-
-    inner: _Node
-
-    def times(self, rows: torch.Tensor, *, transposed: bool) -> torch.Tensor:
-        return self.inner.times(rows, transposed=not transposed)
-
-    def times_segments(self, rows_TI: torch.Tensor, segments: tuple[Segment, ...], *, transposed: bool) -> torch.Tensor:
-        return self.inner.times_segments(rows_TI, segments, transposed=not transposed)
-
-    def numbers(self, reason: object) -> torch.Tensor:
-        return self.inner.numbers(reason).mT
-
-    def with_locals(self, change: Change) -> _Node:
-        return _Flipped(self.inner.with_locals(change))
-
-
-@dataclass(frozen=True, slots=True)
-class _Plus(_Node):
-    """`E + D`, with a local matrix (or stack of them) of the same shape."""
-
-    inner: _Node
-    local: torch.Tensor
-
-    def times(self, rows: torch.Tensor, *, transposed: bool) -> torch.Tensor:
-        hosted = self.inner.times(rows, transposed=transposed)
-        return hosted + _product(rows, self.local, transposed=transposed).to(hosted.dtype)
-
-    def times_segments(self, rows_TI: torch.Tensor, segments: tuple[Segment, ...], *, transposed: bool) -> torch.Tensor:
-        hosted = self.inner.times_segments(rows_TI, segments, transposed=transposed)
-        parts = rows_TI.split([segment.rows for segment in segments])
-        products = [
-            _product(part, self.local[segment.matrix], transposed=transposed)
-            for part, segment in zip(parts, segments, strict=True)
-        ]
-        return hosted + torch.cat(products).to(hosted.dtype)
-
-    def numbers(self, reason: object) -> torch.Tensor:
-        return self.inner.numbers(reason) + self.local
-
-    def with_locals(self, change: Change) -> _Node:
-        return _Plus(self.inner.with_locals(change), change(self.local))
-
-
-@dataclass(frozen=True, slots=True)
-class _Sum(_Node):
-    """`E + F`, both of weights."""
-
-    first: _Node
-    second: _Node
-
-    def times(self, rows: torch.Tensor, *, transposed: bool) -> torch.Tensor:
-        return self.first.times(rows, transposed=transposed) + self.second.times(rows, transposed=transposed)
-
-    def numbers(self, reason: object) -> torch.Tensor:
-        return self.first.numbers(reason) + self.second.numbers(reason)
-
-    def with_locals(self, change: Change) -> _Node:
-        return _Sum(self.first.with_locals(change), self.second.with_locals(change))
-
-
-@dataclass(frozen=True, slots=True)
-class _Scaled(_Node):
-    """`s E` with a number; the answer is scaled and not the rows, so that the host sees what it would see anyway."""
-
-    inner: _Node
-    factor: torch.Tensor | float
-
-    def times(self, rows: torch.Tensor, *, transposed: bool) -> torch.Tensor:
-        answer = self.inner.times(rows, transposed=transposed)
-        return (answer * self.factor).to(answer.dtype)
-
-    def times_segments(self, rows_TI: torch.Tensor, segments: tuple[Segment, ...], *, transposed: bool) -> torch.Tensor:
-        answer = self.inner.times_segments(rows_TI, segments, transposed=transposed)
-        return (answer * self.factor).to(answer.dtype)
-
-    def numbers(self, reason: object) -> torch.Tensor:
-        return self.inner.numbers(reason) * self.factor
-
-    def with_locals(self, change: Change) -> _Node:
-        factor = change(self.factor) if isinstance(self.factor, torch.Tensor) else self.factor
-        return _Scaled(self.inner.with_locals(change), factor)
-
-
-@dataclass(frozen=True, slots=True)
-class _Columns(_Node):
-    """`E diag(c)`: one factor for every column."""
-
-    inner: _Node
-    factors: torch.Tensor
-
-    def times(self, rows: torch.Tensor, *, transposed: bool) -> torch.Tensor:
-        factors = self.factors.to(rows.dtype)
-        if transposed:
-            return self.inner.times(rows * factors, transposed=True)
-        return self.inner.times(rows, transposed=False) * factors
-
-    def numbers(self, reason: object) -> torch.Tensor:
-        return self.inner.numbers(reason) * self.factors
-
-    def with_locals(self, change: Change) -> _Node:
-        return _Columns(self.inner.with_locals(change), change(self.factors))
-
-
-@dataclass(frozen=True, slots=True)
-class _Before(_Node):
-    """`E L`: a local matrix on the right."""
-
-    inner: _Node
-    local: torch.Tensor
-
-    def times(self, rows: torch.Tensor, *, transposed: bool) -> torch.Tensor:
-        if transposed:
-            return self.inner.times(_product(rows, self.local, transposed=True), transposed=True)
-        return _product(self.inner.times(rows, transposed=False), self.local, transposed=False)
-
-    def numbers(self, reason: object) -> torch.Tensor:
-        stored = self.inner.numbers(reason)
-        return stored @ self.local.to(stored.dtype)
-
-    def with_locals(self, change: Change) -> _Node:
-        return _Before(self.inner.with_locals(change), change(self.local))
-
-
-@dataclass(frozen=True, slots=True)
-class _Cut(_Node):
-    """A matrix `(O, I)` seen with three dimensions, as `view(*sizes)` does: its rows or its columns cut in ranges.
-
-    Ranges of rows, `(E, O/E, I)`, are a stack. The host multiplies by the whole matrix, of which each row's own range
-    is kept: E times the work and the answer, and the same rows. Ranges of columns, `(O, K, I/K)`, are the taps of a
-    convolution's kernel.
-    """
-
-    inner: _Node
-    sizes: tuple[int, int, int]
-    width: int
-    """I."""
-
-    @property
-    def cuts_columns(self) -> bool:
-        """Whether the columns are cut; a kernel of one tap is no cut at all, and either."""
-        return self.sizes[1] * self.sizes[2] == self.width
-
-    def times(self, rows: torch.Tensor, *, transposed: bool) -> torch.Tensor:
-        raise _outside("a product of rows with a matrix of three dimensions")
-
-    def times_segments(self, rows_TI: torch.Tensor, segments: tuple[Segment, ...], *, transposed: bool) -> torch.Tensor:
-        count, height, width = self.sizes
-        if width != self.width:
-            raise _outside("a product of rows with ranges of a weight's columns")
-        lengths = [segment.rows for segment in segments]
-        starts = [segment.matrix * height for segment in segments]
-        if transposed:
-            answers = self.inner.times(rows_TI, transposed=True).split(lengths)
-            return torch.cat([part.narrow(1, start, height) for part, start in zip(answers, starts, strict=True)])
-        parts, last = rows_TI.split(lengths), (count - 1) * height
-        placed = [F.pad(part, (start, last - start)) for part, start in zip(parts, starts, strict=True)]
-        return self.inner.times(torch.cat(placed), transposed=False)
-
-    def numbers(self, reason: object) -> torch.Tensor:
-        return self.inner.numbers(reason).reshape(self.sizes)
-
-    def with_locals(self, change: Change) -> _Node:
-        return _Cut(self.inner.with_locals(change), self.sizes, self.width)
-
-
-@dataclass(frozen=True, slots=True)
-class _Matrix(_Node):
-    """One matrix of a stack."""
-
-    stack: _Node
-    index: int
-
-    def times(self, rows: torch.Tensor, *, transposed: bool) -> torch.Tensor:
-        packed = rows.reshape(-1, rows.shape[-1])
-        segments = (Segment(matrix=self.index, rows=packed.shape[0]),)
-        answer = self.stack.times_segments(packed, segments, transposed=transposed)
-        return answer.reshape(*rows.shape[:-1], answer.shape[-1])
-
-    def numbers(self, reason: object) -> torch.Tensor:
-        return self.stack.numbers(reason)[self.index]
-
-    def with_locals(self, change: Change) -> _Node:
-        return _Matrix(self.stack.with_locals(change), self.index)
-
-
-class _Spent(_Node):
-    """What an expression says after it was changed in place: nothing, for its new value has another object."""
-
-    def times(self, rows: torch.Tensor, *, transposed: bool) -> torch.Tensor:
-        raise changed_in_place()
-
-    def numbers(self, reason: object) -> torch.Tensor:
-        raise changed_in_place()
-
-    def with_locals(self, change: Change) -> _Node:
-        raise changed_in_place()
-
-
-def changed_in_place() -> RemoteWeightError:
-    """The error for another use of what was changed in place."""
-    return RemoteWeightError(
-        "a copy of a weight that lives at the host was changed in place under another name",
-        "Use the result of `+=`, or write `x = x + y`",
-    )
 
 
 class WeightExpression(RowTarget, torch.Tensor):
@@ -297,13 +52,13 @@ class WeightExpression(RowTarget, torch.Tensor):
         device: of its local operands.
     """
 
-    _node: _Node
+    _node: Node
     _shared: bool
     """Whether something else stands for the same memory, as a view of an ordinary tensor would."""
 
     @staticmethod
     def __new__(  # noqa: D102 - documented in the class
-        cls, node: _Node, *, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+        cls, node: Node, *, shape: Sequence[int], dtype: torch.dtype, device: torch.device
     ) -> WeightExpression:
         expression: WeightExpression = torch.Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=dtype, device=device, requires_grad=False
@@ -352,13 +107,13 @@ class WeightExpression(RowTarget, torch.Tensor):
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Nothing comes here through public functions; what does would lose the local operands' gradients."""
-        raise _outside(f"{func}")
+        raise outside(f"{func}")
 
     def give_up(self) -> WeightExpression | None:
         """See `RowTarget`."""
         if self._shared:
             return None
-        heir, self._node = _alike(self, self._node), _Spent()
+        heir, self._node = _alike(self, self._node), Spent()
         return heir
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
@@ -368,7 +123,7 @@ class WeightExpression(RowTarget, torch.Tensor):
             RemoteWeightError: `requires_grad` is true.
         """
         if requires_grad:
-            raise _outside("training an expression of weights that live at the host")
+            raise outside("training an expression of weights that live at the host")
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightExpression:
@@ -377,7 +132,7 @@ class WeightExpression(RowTarget, torch.Tensor):
         return copy
 
     def __reduce_ex__(self, protocol: object) -> Any:
-        raise _outside("saving an expression of weights that live at the host")
+        raise outside("saving an expression of weights that live at the host")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"WeightExpression(shape={tuple(self.shape)}, dtype={self.dtype})"
@@ -402,7 +157,7 @@ def with_numbers(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
 def _refuse_writing(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     writes = is_in_place(func)
     if isinstance(kwargs.get("out"), WeightExpression) or (writes and isinstance(args[0], WeightExpression)):
-        raise _outside(f"{name_of(func)} on an expression of weights that live at the host")
+        raise outside(f"{name_of(func)} on an expression of weights that live at the host")
 
 
 def name_of(func: Any) -> str:
@@ -413,30 +168,18 @@ def name_of(func: Any) -> str:
     return name or str(func)
 
 
-def _outside(what: str) -> RemoteWeightError:
-    return RemoteWeightError(
-        f"{what}{asked_by()} is not a product with rows",
-        "Use a method that only multiplies rows by the weight, or load the base locally",
-    )
+def _node(target: RowTarget) -> Node:
+    return target._node if isinstance(target, WeightExpression) else Hosted(target)
 
 
-def _product(rows: torch.Tensor, local: torch.Tensor, *, transposed: bool) -> torch.Tensor:
-    operand = local.to(rows.dtype)
-    return rows @ (operand.mT if transposed else operand)
-
-
-def _node(target: RowTarget) -> _Node:
-    return target._node if isinstance(target, WeightExpression) else _Weight(target)
-
-
-def _expression(node: _Node, like: torch.Tensor, *others: torch.Tensor, shape: Sequence[int] = ()) -> WeightExpression:
+def _expression(node: Node, like: torch.Tensor, *others: torch.Tensor, shape: Sequence[int] = ()) -> WeightExpression:
     dtype = like.dtype
     for other in others:
         dtype = torch.promote_types(dtype, other.dtype)
     return WeightExpression(node, shape=shape or like.shape, dtype=dtype, device=like.device)
 
 
-def _alike(expression: WeightExpression, node: _Node) -> WeightExpression:
+def _alike(expression: WeightExpression, node: Node) -> WeightExpression:
     return WeightExpression(node, shape=expression.shape, dtype=expression.dtype, device=expression.device)
 
 
@@ -459,13 +202,13 @@ def _add(left: Any, right: Any, *, alpha: float = 1, out: Any = None) -> Any:
         return NotImplemented
     dense = right.to_dense() if right.layout is not torch.strided else right
     local = dense if alpha == 1 else dense * alpha
-    return _expression(_Plus(_node(left), local.expand(left.shape)), left, right)
+    return _expression(Plus(_node(left), local.expand(left.shape)), left, right)
 
 
 def _sum(left: Any, right: Any, alpha: float) -> Any:
     """Of two weights."""
-    second = _node(right) if alpha == 1 else _Scaled(_node(right), alpha)
-    return _expression(_Sum(_node(left), second), left, right) if left.shape == right.shape else NotImplemented
+    second = _node(right) if alpha == 1 else Scaled(_node(right), alpha)
+    return _expression(Sum(_node(left), second), left, right) if left.shape == right.shape else NotImplemented
 
 
 def _broadcasts(small: Sequence[int], large: Sequence[int]) -> bool:
@@ -482,7 +225,7 @@ def _in_place(operation: Callable[..., Any]) -> Callable[..., Any]:
             return NotImplemented
         result = operation(heir, *args, **kwargs)
         if result is NotImplemented:
-            raise _outside("an operation in place")
+            raise outside("an operation in place")
         return result
 
     return replace
@@ -499,7 +242,7 @@ def _subtract_from(right: Any, left: Any) -> Any:
 
 
 def _negative(target: Any) -> WeightExpression:
-    return _expression(_Scaled(_node(target), -1.0), target)
+    return _expression(Scaled(_node(target), -1.0), target)
 
 
 def _multiply(left: Any, right: Any, *, out: Any = None) -> Any:
@@ -507,11 +250,11 @@ def _multiply(left: Any, right: Any, *, out: Any = None) -> Any:
     if out is not None or isinstance(factor, RowTarget):
         return NotImplemented
     if isinstance(factor, float | int):
-        return _expression(_Scaled(_node(target), float(factor)), target)
+        return _expression(Scaled(_node(target), float(factor)), target)
     if not _is_local(factor):
         return NotImplemented
     if factor.numel() == 1 and factor.dim() <= target.dim():
-        return _expression(_Scaled(_node(target), factor.reshape(())), target, *([factor] if factor.dim() else []))
+        return _expression(Scaled(_node(target), factor.reshape(())), target, *([factor] if factor.dim() else []))
     return _multiply_by_vector(target, factor) if target.dim() == 2 else NotImplemented
 
 
@@ -519,9 +262,9 @@ def _multiply_by_vector(target: Any, factors: torch.Tensor) -> Any:
     """A factor for every column, or for every row."""
     height, width = target.shape
     if tuple(factors.shape) in {(width,), (1, width)}:
-        return _expression(_Columns(_node(target), factors.reshape(width)), target, factors)
+        return _expression(Columns(_node(target), factors.reshape(width)), target, factors)
     if tuple(factors.shape) == (height, 1):
-        scaled = _Flipped(_Columns(_Flipped(_node(target)), factors.reshape(height)))
+        scaled = Flipped(Columns(Flipped(_node(target)), factors.reshape(height)))
         return _expression(scaled, target, factors)
     return NotImplemented
 
@@ -542,9 +285,9 @@ def _matrix_product(left: Any, right: Any, *, out: Any = None) -> Any:
     if left.shape[1] != right.shape[0]:
         return NotImplemented  # the ordinary function says so
     if target is left:
-        node: _Node = _Before(_node(target), local)
+        node: Node = Before(_node(target), local)
     else:
-        node = _Flipped(_Before(_Flipped(_node(target)), local.mT))
+        node = Flipped(Before(Flipped(_node(target)), local.mT))
     return _expression(node, target, local, shape=(left.shape[0], right.shape[1]))
 
 
@@ -585,7 +328,7 @@ def _flip(target: Any, first: int = -2, second: int = -1) -> Any:
         return NotImplemented
     *stack, height, width = target.shape
     target._shared = True
-    return _shared(_expression(_Flipped(target._node), target, shape=(*stack, width, height)))
+    return _shared(_expression(Flipped(target._node), target, shape=(*stack, width, height)))
 
 
 def _shared(expression: WeightExpression) -> WeightExpression:
@@ -615,13 +358,13 @@ def _cut(target: Any, sizes: tuple[int, ...]) -> Any:
     if third != width and first != height:
         return NotImplemented
     seen = target.detach()  # from now on something else stands for the same memory
-    return _shared(_expression(_Cut(_node(seen), (first, second, third), width), seen, shape=(first, second, third)))
+    return _shared(_expression(Cut(_node(seen), (first, second, third), width), seen, shape=(first, second, third)))
 
 
 def _matrix(target: Any, index: Any) -> Any:
     """`stack[index]` of ranges of rows."""
     node = target._node if isinstance(target, WeightExpression) else None
-    if not isinstance(node, _Cut) or node.sizes[2] != node.width or isinstance(index, bool | slice | tuple):
+    if not isinstance(node, Cut) or node.sizes[2] != node.width or isinstance(index, bool | slice | tuple):
         return NotImplemented
     if isinstance(index, torch.Tensor) and (index.dim() or index.is_floating_point() or index.dtype is torch.bool):
         return NotImplemented
@@ -630,7 +373,7 @@ def _matrix(target: Any, index: Any) -> Any:
     if not -count <= place < count:
         raise IndexError(f"matrix {place} of a stack of {count}")
     target._shared = True
-    return _shared(_expression(_Matrix(node, place % count), target, shape=(height, width)))
+    return _shared(_expression(Matrix(node, place % count), target, shape=(height, width)))
 
 
 def _convolution(
@@ -644,7 +387,7 @@ def _convolution(
 ) -> Any:
     """`conv1d` by a kernel `(O, I, K)` whose taps are a linear layer's columns: the windows are the layer's rows."""
     node = weight._node if isinstance(weight, WeightExpression) else None
-    if not isinstance(node, _Flipped) or not isinstance(node.inner, _Cut) or not node.inner.cuts_columns:
+    if not isinstance(node, Flipped) or not isinstance(node.inner, Cut) or not node.inner.cuts_columns:
         return NotImplemented
     if groups != 1 or isinstance(padding, str) or not _is_local(input) or not are_activations(input):
         return NotImplemented

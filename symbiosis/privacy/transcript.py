@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from symbiosis.errors import SymbiosisError, TranscriptError
+from symbiosis.protocols.messages import Segment
 from symbiosis.protocols.tensors import byte_count, stored_dtype, tensor_from_bytes
 from symbiosis.protocols.transcript import INDEX_NAME, ROWS_NAME
 
@@ -26,6 +27,8 @@ class RecordedFrame:
     """`"forward"` or `"backward"`."""
     rows: torch.Tensor
     """The rows as they left, shape (rows, width)."""
+    segments: tuple[Segment, ...] = ()
+    """For a stack (the experts of a mixture), which matrix each row met; empty for a single matrix."""
 
 
 class Transcript:
@@ -50,6 +53,7 @@ class Transcript:
                         layers=tuple(entry["layers"]),
                         direction=entry["direction"],
                         rows=tensor_from_bytes(data, dtype=dtype, shape=shape),
+                        segments=tuple(Segment(matrix=matrix, rows=count) for matrix, count in entry["segments"]),
                     )
                 except (ValueError, KeyError, TypeError, SymbiosisError) as error:
                     raise TranscriptError(

@@ -42,6 +42,7 @@ _KIND_TO_WIRE = {
     BlobKind.MANIFEST: pb.BLOB_MANIFEST,
     BlobKind.FILE: pb.BLOB_FILE,
     BlobKind.TENSOR: pb.BLOB_TENSOR,
+    BlobKind.FACTS: pb.BLOB_FACTS,
 }
 _KIND_FROM_WIRE = {number: kind for kind, number in _KIND_TO_WIRE.items()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -62,6 +63,12 @@ class Layer:
     dtype: str
     digest: str
     """SHA-256 of the elements in `dtype`, little endian; of what they are rounded to where the host rounds them."""
+    largest_row_norms: tuple[float, ...]
+    """The largest L2 norm of an output row, one for every matrix; see `protocols.facts`."""
+    largest_column_norms: tuple[float, ...]
+    """The largest L2 norm of an input column, one for every matrix."""
+    facts_digest: str
+    """Digest of all norms, and of the scales where there are any."""
 
     @property
     def in_width(self) -> int:
@@ -289,6 +296,15 @@ def _refuse_twins(names: list[str]) -> None:
         raise ValueError("something is listed twice")
 
 
+def _norms(values: Any, *, matrices: int) -> tuple[float, ...]:
+    if not isinstance(values, list) or len(values) != matrices:
+        raise ValueError(f"not one norm for each of {matrices} matrices")
+    for value in values:
+        if type(value) is not float or not math.isfinite(value) or value < 0:
+            raise ValueError(f"no norm is {value!r}")
+    return tuple(values)
+
+
 def _layer(entry: Mapping[str, Any]) -> Layer:
     shape = tuple(_count(side) for side in entry["shape"])
     if len(shape) not in {2, 3}:
@@ -296,12 +312,16 @@ def _layer(entry: Mapping[str, Any]) -> Layer:
     dtype = _dtype(entry["dtype"])
     if _count(byte_count(shape, STORED_DTYPES[dtype])) == 0:
         raise ValueError("a layer has no elements")
+    matrices = shape[0] if len(shape) == 3 else 1
     return Layer(
         name=_text(entry["name"]),
         shape=shape,
         orientation=Orientation(entry["orientation"]),
         dtype=dtype,
         digest=_digest(entry["digest"]),
+        largest_row_norms=_norms(entry["largest_row_norms"], matrices=matrices),
+        largest_column_norms=_norms(entry["largest_column_norms"], matrices=matrices),
+        facts_digest=_digest(entry["facts_digest"]),
     )
 
 

@@ -34,6 +34,8 @@ class BlobKind(Enum):
     MANIFEST = "manifest"
     FILE = "file"
     TENSOR = "tensor"
+    FACTS = "facts"
+    """Norms and scales of a hosted weight; public whatever the host's policy is."""
 
 
 WIRE_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

@@ -1,7 +1,8 @@
 """Recording: the host's view of one tenant's traffic, as raw rows and an index. The writer's half.
 
-`frames.jsonl` holds one JSON object per frame: `sequence`, `layers`, `direction`, `dtype`, `shape` and `offset` (bytes
-into `rows.bin`). The rows are stored as they leave, after the mechanism. `privacy.read_transcript` reads both.
+`frames.jsonl` holds one JSON object per frame: `sequence`, `layers`, `direction`, `dtype`, `shape`, `offset` (bytes
+into `rows.bin`) and `segments` (pairs of a stack's matrix and its rows). The rows are stored as they leave, after the
+mechanism. `privacy.read_transcript` reads both.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 
 from symbiosis.errors import ConfigurationError, TranscriptError
-from symbiosis.protocols.messages import Direction, dtype_name
+from symbiosis.protocols.messages import Direction, Segment, dtype_name
 from symbiosis.protocols.tensors import tensor_bytes
 
 INDEX_NAME = "frames.jsonl"
@@ -38,13 +39,16 @@ class TranscriptWriter:
         self._rows = (folder / ROWS_NAME).open("xb")
         self._sequence = 0
 
-    def write(self, *, layers: Sequence[str], direction: Direction, rows: torch.Tensor) -> None:
+    def write(
+        self, *, layers: Sequence[str], direction: Direction, rows: torch.Tensor, segments: Sequence[Segment] = ()
+    ) -> None:
         """Append one frame.
 
         Args:
             layers: full names of the weights of the group.
             direction: which product was asked for.
             rows: what the host sees, two dimensions.
+            segments: for a stack, which matrix they meet.
 
         Raises:
             TranscriptError: it cannot be written.
@@ -56,6 +60,7 @@ class TranscriptWriter:
             "dtype": dtype_name(rows.dtype),
             "shape": list(rows.shape),
             "offset": self._rows.tell(),
+            "segments": [[segment.matrix, segment.rows] for segment in segments],
         }
         try:
             self._rows.write(tensor_bytes(rows))

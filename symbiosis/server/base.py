@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 
 from symbiosis.errors import ConfigurationError, PolicyError, UnknownBaseError
+from symbiosis.protocols.facts import Facts
 from symbiosis.protocols.manifest import (
     Layer,
     Manifest,
@@ -25,6 +26,7 @@ from symbiosis.protocols.manifest import (
 )
 from symbiosis.protocols.messages import WIRE_DTYPES, dtype_name
 from symbiosis.protocols.tensors import byte_count, tensor_digest
+from symbiosis.server.norms import facts_of
 from symbiosis.server.selection import hosted_parameters
 from symbiosis.server.weight import Weight, quantised
 
@@ -58,6 +60,8 @@ class HostedBase:
     manifest: Manifest
     weights: tuple[Weight, ...]
     """In the manifest's order."""
+    facts: tuple[Facts, ...]
+    """In the manifest's order."""
     tensors: Mapping[str, torch.Tensor]
     files: Mapping[str, bytes]
 
@@ -82,6 +86,14 @@ class HostedBase:
             require_published(self.manifest, name)
             tensor = self.weights[self.manifest.position(name)].dense()
         return bytes(safetensors.torch.save({"tensor": tensor.detach().contiguous().cpu()}))
+
+    def facts_blob(self, name: str) -> bytes:
+        """Norms and scales of a hosted weight; no policy withholds them.
+
+        Raises:
+            UnknownLayerError: there is no such weight.
+        """
+        return self.facts[self.manifest.position(name)].to_bytes()
 
     def file_blob(self, name: str) -> bytes:
         """A published file.
@@ -113,7 +125,7 @@ def host_model(
         storage: in what the weights are held.
 
     Raises:
-        ConfigurationError: a parameter is trainable, or there is no layer to host.
+        ConfigurationError: a parameter is trainable, a weight is not finite, or there is no layer to host.
     """
     refuse_trainable(model.named_parameters())
     hosted = list(hosted_parameters(model))
@@ -121,19 +133,23 @@ def host_model(
         raise ConfigurationError(f"{name} has no linear layers in repeated blocks", "Host a transformer")
     remote = {full_name for full_name, _, _ in hosted}
     weights = [_weight(parameter, orientation, storage) for _, parameter, orientation in hosted]
+    facts = [facts_of(entry[0], weight) for entry, weight in zip(hosted, weights, strict=True)]
     tensors = _half(model, remote)
     published = dict(_model_files(model) | dict(files or {}))
     return HostedBase(
         manifest=Manifest(
             base=name,
             architecture=type(model).__name__,
-            layers=tuple(_layer(entry[0], weight) for entry, weight in zip(hosted, weights, strict=True)),
+            layers=tuple(
+                _layer(entry[0], weight, known) for entry, weight, known in zip(hosted, weights, facts, strict=True)
+            ),
             tensors=tuple(_published_tensor(key, tensor) for key, tensor in tensors.items()),
             files=tuple(_published_file(key, data) for key, data in published.items()),
             publish=publish,
             storage=storage,
         ),
         weights=tuple(weights),
+        facts=tuple(facts),
         tensors=tensors,
         files=published,
     )
@@ -246,13 +262,16 @@ def _weight(parameter: torch.Tensor, orientation: Orientation, storage: Storage)
     return Weight(stored=parameter.detach(), orientation=orientation, dtype=parameter.dtype)
 
 
-def _layer(name: str, weight: Weight) -> Layer:
+def _layer(name: str, weight: Weight, facts: Facts) -> Layer:
     return Layer(
         name=name,
         shape=tuple(weight.stored.shape),
         orientation=weight.orientation,
         dtype=dtype_name(weight.dtype),
         digest=tensor_digest(weight.dense()),
+        largest_row_norms=facts.largest_row_norms,
+        largest_column_norms=facts.largest_column_norms,
+        facts_digest=facts.digest,
     )
 
 

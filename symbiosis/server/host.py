@@ -99,4 +99,6 @@ class Host:
             return self.base.manifest.to_json()
         if fetch.kind is BlobKind.FILE:
             return self.base.file_blob(fetch.name)
+        if fetch.kind is BlobKind.FACTS:
+            return self.base.facts_blob(fetch.name)
         return self.base.tensor_blob(fetch.name)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from symbiosis.clients.base import Base
 from symbiosis.clients.connection import connect
+from symbiosis.clients.experts import Experts, experts_of
 from symbiosis.clients.gate import EgressGate
 from symbiosis.clients.session import Session
-from symbiosis.errors import UnsupportedError
+from symbiosis.errors import ConfigurationError, UnsupportedError
 from symbiosis.privacy.ledger import Ledger
 from symbiosis.privacy.mechanism import Mechanism, resolve_mechanism
 from symbiosis.protocols.authority import Authority
@@ -41,6 +42,8 @@ def local_base(
     ledger: str | Path | None = None,
     publish: Publish | str = Publish.HALF,
     weights: Storage | str = Storage.FLOAT,
+    dtype: str = "auto",
+    experts: Experts | str = Experts.CALLED,
 ) -> Base:
     """Host a base here and connect to it.
 
@@ -54,16 +57,18 @@ def local_base(
         ledger: file to continue or begin; by default one that is removed when the base is closed.
         publish: what the host publishes; `"all"` lets operations that need a hosted weight's numbers download it.
         weights: `"float"`, or `"int8"` to hold them rounded to eight bits, one scale per output row.
+        dtype: dtype of a base that is loaded; `auto` keeps the file's.
+        experts: as `connect`.
 
     Raises:
         ConfigurationError: the base cannot be hosted, or an argument cannot be used.
     """
     if transport not in {"inprocess", "grpc"}:
         raise UnsupportedError(f"there is no transport {transport!r} in this version", "Use 'inprocess' or 'grpc'")
-    mechanism = resolve_mechanism(privacy)
+    mechanism, choice = resolve_mechanism(privacy), experts_of(experts)
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="symbiosis-local-")))
-        host = stack.enter_context(Host(_hosted(model_or_path, Publish(publish), Storage(weights))))
+        host = stack.enter_context(Host(_hosted(model_or_path, Publish(publish), Storage(weights), dtype)))
         ledger_path = Path(ledger) if ledger is not None else scratch / "ledger.jsonl"
         if transport == "grpc":
             address = _serve(host, scratch, stack)
@@ -74,6 +79,7 @@ def local_base(
                 record=record,
                 ledger=ledger_path,
                 cache=None,
+                experts=choice,
             )
         else:
             transcript = TranscriptWriter(record) if record is not None else None
@@ -81,13 +87,15 @@ def local_base(
             stack.callback(book.close)
             gate = EgressGate(book, destination="inprocess", transcript=transcript)
             session = Session(InProcessTransport(host, tenant=LOCAL_TENANT), gate, mechanism)
-            base = Base(session, book)
+            base = Base(session, book, experts=choice)
         return base.own(stack.pop_all().close)
 
 
-def _hosted(model_or_path: PreTrainedModel | str | Path, publish: Publish, storage: Storage) -> HostedBase:
+def _hosted(model_or_path: PreTrainedModel | str | Path, publish: Publish, storage: Storage, dtype: str) -> HostedBase:
     if isinstance(model_or_path, str | Path):
-        return load_base(resolve_base(str(model_or_path)), publish=publish, storage=storage)
+        return load_base(resolve_base(str(model_or_path)), dtype=dtype, publish=publish, storage=storage)
+    if dtype != "auto":
+        raise ConfigurationError("`dtype` goes with a base that is loaded", "Cast the model with `model.to(dtype)`")
     with _frozen(model_or_path):
         return host_model(model_or_path, name=type(model_or_path).__name__, publish=publish, storage=storage)
 

@@ -171,7 +171,7 @@ METHODS: tuple[Method, ...] = (
     ),
     _llama(T.DEFT, r=4, **_download("Qᵀ W to start from")),
     _llama(T.DEFT, "qr, para", r=4, decomposition_method="qr", para=True),
-    _llama(T.DELORA, r=4, **_download("norms of the columns of W")),
+    _llama(T.DELORA, r=4),
     _llama(T.FOURIERFT, n_frequency=40),
     _gpt2(T.FOURIERFT, n_frequency=40),
     _llama(T.FROD, progressbar=False, **_download("a decomposition of all weights of a kind")),

@@ -27,6 +27,7 @@ class BlobKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     BLOB_MANIFEST: _ClassVar[BlobKind]
     BLOB_FILE: _ClassVar[BlobKind]
     BLOB_TENSOR: _ClassVar[BlobKind]
+    BLOB_FACTS: _ClassVar[BlobKind]
 DTYPE_UNSPECIFIED: Dtype
 DTYPE_FLOAT32: Dtype
 DTYPE_FLOAT64: Dtype
@@ -39,6 +40,7 @@ BLOB_UNSPECIFIED: BlobKind
 BLOB_MANIFEST: BlobKind
 BLOB_FILE: BlobKind
 BLOB_TENSOR: BlobKind
+BLOB_FACTS: BlobKind
 
 class RequestHeader(_message.Message):
     __slots__ = ("hello", "call", "fetch")

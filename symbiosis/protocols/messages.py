@@ -167,11 +167,11 @@ def split_rows(
     per_row_bytes = max(1, widest * rows.element_size())
     start = 0
     for piece in rows.split(max(1, max_bytes // per_row_bytes)):
-        yield piece, tuple(_cut(segments, start, start + piece.shape[0]))
+        yield piece, tuple(cut_segments(segments, start, start + piece.shape[0]))
         start += piece.shape[0]
 
 
-def _cut(segments: Sequence[Segment], start: int, end: int) -> Iterator[Segment]:
+def cut_segments(segments: Sequence[Segment], start: int, end: int) -> Iterator[Segment]:
     """The part of `segments` that covers the rows from `start` to `end`."""
     position = 0
     for segment in segments:

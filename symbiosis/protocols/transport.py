@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
+import torch
+
 from symbiosis.protocols.codec import Encoded, Reply, Request
-from symbiosis.protocols.messages import Direction
+from symbiosis.protocols.messages import Answer, Call, Direction
+from symbiosis.protocols.status import Refusal
 
 
 class Handler(Protocol):
@@ -16,6 +20,24 @@ class Handler(Protocol):
 
         Raises:
             SymbiosisError: the request is refused; the caller turns it into a `Refusal`.
+        """
+        ...
+
+    def submit(
+        self,
+        tenant: str,
+        call: Call,
+        done: Callable[[Answer | Refusal], None],
+        *,
+        out: torch.Tensor | None = None,
+    ) -> None:
+        """Queue a call of `tenant` and return at once.
+
+        Args:
+            tenant: whose name the caller has authenticated.
+            call: its rows stay as they are until the reply.
+            done: told the reply exactly once, from any thread, perhaps before `submit` returns; quick, raises nothing.
+            out: where an answer's rows are written: contiguous, of the answer's shape and the rows' dtype.
         """
         ...
 

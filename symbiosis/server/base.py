@@ -28,7 +28,7 @@ from symbiosis.protocols.messages import WIRE_DTYPES, dtype_name
 from symbiosis.protocols.tensors import byte_count, tensor_digest
 from symbiosis.server.norms import facts_of
 from symbiosis.server.selection import hosted_parameters
-from symbiosis.server.weight import Weight, quantised
+from symbiosis.server.weight import Weight, laid_out, quantised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -114,6 +114,7 @@ def host_model(
     files: Mapping[str, bytes] | None = None,
     publish: Publish = Publish.HALF,
     storage: Storage = Storage.FLOAT,
+    own: bool = False,
 ) -> HostedBase:
     """Host a model that is in memory. The model is not changed; its weights are shared, unless they are rounded.
 
@@ -123,6 +124,7 @@ def host_model(
         files: files to publish; the configuration is taken from the model where it is missing.
         publish: what tenants may fetch.
         storage: in what the weights are held.
+        own: the model is the host's alone, whose weights may be laid out anew, siblings side by side.
 
     Raises:
         ConfigurationError: a parameter is trainable, a weight is not finite, or there is no layer to host.
@@ -133,6 +135,9 @@ def host_model(
         raise ConfigurationError(f"{name} has no linear layers in repeated blocks", "Host a transformer")
     remote = {full_name for full_name, _, _ in hosted}
     weights = [_weight(parameter, orientation, storage) for _, parameter, orientation in hosted]
+    if own:
+        names, parameters = [entry[0] for entry in hosted], [entry[1] for entry in hosted]
+        weights = laid_out(names, weights, moved=lambda position, weight: _let_go(parameters[position], weight))
     facts = [facts_of(entry[0], weight) for entry, weight in zip(hosted, weights, strict=True)]
     tensors = _half(model, remote)
     published = dict(_model_files(model) | dict(files or {}))
@@ -211,7 +216,12 @@ def load_base(
     files = {name: (folder / name).read_bytes() for name in PUBLISHED_FILES if (folder / name).is_file()}
     files["config.json"] = _model_files(model)["config.json"]
     return host_model(
-        model, name=folder.name if Path(path).is_dir() else path, files=files, publish=publish, storage=storage
+        model,
+        name=folder.name if Path(path).is_dir() else path,
+        files=files,
+        publish=publish,
+        storage=storage,
+        own=True,
     )
 
 
@@ -260,6 +270,11 @@ def _weight(parameter: torch.Tensor, orientation: Orientation, storage: Storage)
     if storage is Storage.INT8:
         return quantised(parameter, orientation)
     return Weight(stored=parameter.detach(), orientation=orientation, dtype=parameter.dtype)
+
+
+def _let_go(parameter: torch.nn.Parameter, weight: Weight) -> None:
+    """Let a parameter whose weight was laid out elsewhere share it, so that its old memory is free."""
+    parameter.data = weight.stored if weight.scale is None else parameter.new_empty(0)
 
 
 def _layer(name: str, weight: Weight, facts: Facts) -> Layer:

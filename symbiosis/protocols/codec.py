@@ -15,6 +15,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Generic, TypeVar
 
 import torch
@@ -25,7 +26,7 @@ from symbiosis.protocols._generated import symbiosis_wire_pb2 as pb
 from symbiosis.protocols.limits import MAX_CHUNK_BYTES, MAX_GROUP_LAYERS, MAX_HEADER_BYTES, MAX_NAME_CHARS, MAX_SEGMENTS
 from symbiosis.protocols.messages import Answer, Blob, BlobKind, Call, Direction, Fetch, Hello, Segment, Welcome
 from symbiosis.protocols.status import Refusal
-from symbiosis.protocols.tensors import tensor_bytes, tensor_from_bytes
+from symbiosis.protocols.tensors import byte_count, tensor_bytes, tensor_from_bytes
 
 _PREFIX = struct.Struct("<I")
 
@@ -93,23 +94,57 @@ def encode_request(message: Request) -> Encoded:
             header = pb.RequestHeader(hello=hello)
         case Call():
             payload = tensor_bytes(message.rows)
-            header = pb.RequestHeader(
-                call=pb.Call(
-                    number=message.number,
-                    layers=message.layers,
-                    direction=_DIRECTION_TO_WIRE[message.direction],
-                    dtype=_wire_dtype(message.rows),
-                    rows=message.rows.shape[0],
-                    width=message.rows.shape[1],
-                    byte_count=len(payload),
-                    segment_matrices=[segment.matrix for segment in message.segments],
-                    segment_rows=[segment.rows for segment in message.segments],
-                )
-            )
+            return Encoded(header=_call_header(message), payload=payload)
         case Fetch():
             fetch = pb.Fetch(number=message.number, kind=_KIND_TO_WIRE[message.kind], name=message.name)
             header = pb.RequestHeader(fetch=fetch)
     return Encoded(header=header.SerializeToString(), payload=payload)
+
+
+def _call_header(call: Call) -> bytes:
+    """What protobuf makes of a call, at a tenth of the cost: only the number differs from one step to the next.
+
+    Fields are written in the order of their numbers, and the message number has the lowest, so that the rest can be
+    kept as bytes; a test compares with protobuf.
+    """
+    fields = pb.Call(number=call.number).SerializeToString() + _other_fields(
+        call.layers, call.direction, call.rows.dtype, tuple(call.rows.shape), call.segments
+    )
+    return b"".join((_CALL_TAG, _varint(len(fields)), fields))
+
+
+@lru_cache(maxsize=4096)
+def _other_fields(
+    layers: tuple[int, ...],
+    direction: Direction,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    segments: tuple[Segment, ...],
+) -> bytes:
+    return pb.Call(
+        layers=layers,
+        direction=_DIRECTION_TO_WIRE[direction],
+        dtype=_wire_dtype(dtype),
+        rows=shape[0],
+        width=shape[1],
+        byte_count=byte_count(shape, dtype),
+        segment_matrices=[segment.matrix for segment in segments],
+        segment_rows=[segment.rows for segment in segments],
+    ).SerializeToString()
+
+
+_CALL_TAG = bytes([pb.RequestHeader.DESCRIPTOR.fields_by_name["call"].number << 3 | 2])
+"""Field number and wire type 2, a length and so many bytes (protobuf's encoding guide)."""
+
+
+def _varint(value: int) -> bytes:
+    """Seven bits a byte, lowest first, the highest bit set on all but the last (protobuf's encoding guide)."""
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
 
 
 def encode_reply(message: Reply) -> Encoded:
@@ -133,7 +168,7 @@ def encode_reply(message: Reply) -> Encoded:
         case Answer():
             payload = tensor_bytes(message.rows)
             answer = pb.Answer(
-                dtype=_wire_dtype(message.rows),
+                dtype=_wire_dtype(message.rows.dtype),
                 rows=message.rows.shape[0],
                 width=message.rows.shape[1],
                 byte_count=len(payload),
@@ -148,11 +183,11 @@ def encode_reply(message: Reply) -> Encoded:
     return Encoded(header=header.SerializeToString(), payload=payload)
 
 
-def _wire_dtype(rows: torch.Tensor) -> pb.Dtype:
+def _wire_dtype(dtype: torch.dtype) -> pb.Dtype:
     try:
-        return _DTYPE_TO_WIRE[rows.dtype]
+        return _DTYPE_TO_WIRE[dtype]
     except KeyError:
-        raise DtypeError(f"rows of {rows.dtype} do not travel", "Send float32, float64, float16 or bfloat16") from None
+        raise DtypeError(f"rows of {dtype} do not travel", "Send float32, float64, float16 or bfloat16") from None
 
 
 _Message = TypeVar("_Message")

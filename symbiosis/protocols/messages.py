@@ -5,6 +5,7 @@ Shape legend: T rows (packed tokens, no padding), I input width of a group, O su
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -153,7 +154,7 @@ def finite(rows: torch.Tensor) -> bool:
     A sum of finite numbers may overflow but a sum with a NaN or an infinity is never finite, so one cheap reduction
     settles the ordinary case and only a suspicious sum is looked at element by element.
     """
-    return bool(torch.isfinite(rows.sum())) or bool(torch.isfinite(rows).all())
+    return math.isfinite(rows.sum().item()) or bool(torch.isfinite(rows).all())
 
 
 def split_rows(

@@ -383,6 +383,7 @@ def _open_base(source: BaseSource, *, ledger: Path | None) -> Base:
             record=source.record,
             ledger=source.ledger,
             experts=source.experts,
+            wire_dtype=source.wire_dtype,
         )
     from symbiosis.simulations import local_base  # noqa: PLC0415
 
@@ -395,6 +396,7 @@ def _open_base(source: BaseSource, *, ledger: Path | None) -> Base:
         weights=source.weights,
         dtype=source.dtype,
         experts=source.experts,
+        wire_dtype=source.wire_dtype,
     )
 
 

@@ -55,16 +55,26 @@ class Session:
         transport: the way to the host.
         gate: the door out.
         mechanism: how rows are hidden.
+        wire_dtype: what wider rows are rounded to before they leave; answers come back in it. `None` leaves them as
+            they are.
 
     Raises:
         VersionError: the host speaks another protocol version.
         FrameError: the manifest is not the one that the greeting promised.
     """
 
-    def __init__(self, transport: Transport, gate: EgressGate, mechanism: Mechanism) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        gate: EgressGate,
+        mechanism: Mechanism,
+        *,
+        wire_dtype: torch.dtype | None = None,
+    ) -> None:
         self._transport = transport
         self._gate = gate
         self._mechanism = mechanism
+        self._wire_dtype = wire_dtype
         self._lock = threading.RLock()
         self._number = 0
         self._frames = self._sent_bytes = self._rows = 0
@@ -114,9 +124,13 @@ class Session:
         manifest = _require(self.manifest)
         width_out = manifest.widths(layers, direction)[1]
         widest = max(rows_TI.shape[1], width_out)
-        pieces = split_rows(rows_TI, segments, widest=widest, max_bytes=self._max_message_bytes)
+        sent_TI = rows_TI
+        if self._wire_dtype is not None and self._wire_dtype.itemsize < rows_TI.dtype.itemsize:
+            sent_TI = rows_TI.to(self._wire_dtype)
+        pieces = split_rows(sent_TI, segments, widest=widest, max_bytes=self._max_message_bytes)
         answers = [self._call(layers, direction, piece.contiguous(), part, width_out) for piece, part in pieces]
-        return answers[0] if len(answers) == 1 else torch.cat(answers)
+        answer_TO = answers[0] if len(answers) == 1 else torch.cat(answers)
+        return answer_TO.to(rows_TI.dtype)
 
     def fetch(self, kind: BlobKind, name: str, *, max_bytes: int) -> bytes:
         """Fetch something that the host publishes.

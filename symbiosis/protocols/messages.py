@@ -12,7 +12,7 @@ from enum import Enum
 
 import torch
 
-from symbiosis.errors import DtypeError, NonFiniteError, ShapeError
+from symbiosis.errors import ConfigurationError, DtypeError, NonFiniteError, ShapeError
 
 
 class Direction(Enum):
@@ -46,6 +46,18 @@ WIRE_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.float64, torch.floa
 def dtype_name(dtype: torch.dtype) -> str:
     """Name of a dtype as manifests and ledgers write it, for example `bfloat16`."""
     return str(dtype).removeprefix("torch.")
+
+
+def wire_dtype_of(name: str) -> torch.dtype | None:
+    """The dtype that rows are to have on the wire; `None` for `auto`, whatever they have.
+
+    Raises:
+        ConfigurationError: no dtype of that name travels.
+    """
+    names = {dtype_name(dtype): dtype for dtype in WIRE_DTYPES}
+    if name != "auto" and name not in names:
+        raise ConfigurationError(f"rows cannot travel as {name!r}", f"Choose auto or one of {', '.join(names)}")
+    return names.get(name)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,6 +21,7 @@ from symbiosis.protocols.authority import Authority
 from symbiosis.protocols.identity_directory import create_request, install_certificate
 from symbiosis.protocols.inprocess import InProcessTransport
 from symbiosis.protocols.manifest import Publish, Storage
+from symbiosis.protocols.messages import wire_dtype_of
 from symbiosis.protocols.transcript import TranscriptWriter
 from symbiosis.server.base import HostedBase, host_model, load_base
 from symbiosis.server.host import Host
@@ -44,6 +45,7 @@ def local_base(
     weights: Storage | str = Storage.FLOAT,
     dtype: str = "auto",
     experts: Experts | str = Experts.CALLED,
+    wire_dtype: str = "auto",
 ) -> Base:
     """Host a base here and connect to it.
 
@@ -59,6 +61,7 @@ def local_base(
         weights: `"float"`, or `"int8"` to hold them rounded to eight bits, one scale per output row.
         dtype: dtype of a base that is loaded; `auto` keeps the file's.
         experts: as `connect`.
+        wire_dtype: as `connect`.
 
     Raises:
         ConfigurationError: the base cannot be hosted, or an argument cannot be used.
@@ -80,13 +83,15 @@ def local_base(
                 ledger=ledger_path,
                 cache=None,
                 experts=choice,
+                wire_dtype=wire_dtype,
             )
         else:
             transcript = TranscriptWriter(record) if record is not None else None
             book = Ledger.open(ledger_path, tenant=LOCAL_TENANT)
             stack.callback(book.close)
             gate = EgressGate(book, destination="inprocess", transcript=transcript)
-            session = Session(InProcessTransport(host, tenant=LOCAL_TENANT), gate, mechanism)
+            wire = InProcessTransport(host, tenant=LOCAL_TENANT)
+            session = Session(wire, gate, mechanism, wire_dtype=wire_dtype_of(wire_dtype))
             base = Base(session, book, experts=choice)
         return base.own(stack.pop_all().close)
 

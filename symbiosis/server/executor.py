@@ -120,9 +120,10 @@ def _answer(batch: list[_Waiting]) -> None:
     if len(batch) == 1:
         batch[0].done.set_result(multiply(batch[0].rows, weights, key.direction, batch[0].segments))
         return
-    rows_N = torch.cat([call.rows for call in batch])
+    # Tenants' rows may be on different devices, the group's weights are (nearly always) on one.
+    rows_N = torch.cat([call.rows.to(weights[0].device) for call in batch])
     segments = [segment for call in batch for segment in call.segments]
     answers = multiply(rows_N, weights, key.direction, segments).split([call.rows.shape[0] for call in batch])
     for call, answer_T in zip(batch, answers, strict=True):
         # A copy of its own: no tenant's answer shares memory with another's.
-        call.done.set_result(answer_T.clone())
+        call.done.set_result(answer_T.to(call.rows.device, copy=True))

@@ -1,5 +1,7 @@
 """The host's arithmetic: products of rows with frozen layers, forward and backward. Pure functions.
 
+Weights may be on several devices; rows are brought to them, and answers back to where the rows were.
+
 Shape legend: T rows, I input width of the group, O summed output widths, Ok output width of layer k.
 A frozen layer is `y = x Wᵀ`; its gradient with respect to the rows is `g W`. Neither needs anything from the other,
 which is what makes the host stateless (DESIGN: the one idea).
@@ -22,19 +24,32 @@ def multiply(
 
     Args:
         rows: `x_TI` (forward) or `g_TO` (backward); any floating dtype.
-        weights: the group's layers in order.
+        weights: the group's layers in order; on several devices where a call names layers far apart.
         direction: which product.
         segments: for a stack, which matrix each row meets; rows of one matrix are gathered, whoever sent them.
 
     Returns:
         `y_TO` (forward: the layers' answers side by side) or `g_TI` (backward: the sum over the layers), in the dtype
-        of `rows`. Where a weight has another dtype, the product is taken in the wider of both.
+        and on the device of `rows`. Where a weight has another dtype, the product is taken in the wider of both.
     """
+    device = weights[0].device
+    if any(weight.device != device for weight in weights):
+        return _one_by_one(rows, weights, direction)
+    there = rows.to(device)
     if segments:
-        return _segmented(rows, weights[0], direction, segments)
+        answer = _segmented(there, weights[0], direction, segments)
+    else:
+        answer = _forward(there, weights) if direction is Direction.FORWARD else _backward(there, weights)
+    return answer.to(rows.device)
+
+
+def _one_by_one(rows: torch.Tensor, weights: Sequence[Weight], direction: Direction) -> torch.Tensor:
+    """The product with each weight on its own device; they meet on the rows'."""
     if direction is Direction.FORWARD:
-        return _forward(rows, weights)
-    return _backward(rows, weights)
+        return torch.cat([multiply(rows, [weight], direction) for weight in weights], dim=1)
+    parts = rows.split([weight.in_out().shape[1] for weight in weights], dim=1)
+    products = [multiply(part, [weight], direction) for part, weight in zip(parts, weights, strict=True)]
+    return torch.stack(products).sum(dim=0)
 
 
 def _segmented(rows: torch.Tensor, weight: Weight, direction: Direction, segments: Sequence[Segment]) -> torch.Tensor:

@@ -33,6 +33,21 @@ class Weight:
         scale = self.scale[index] if self.scale is not None else None
         return Weight(stored=self.stored[index], orientation=self.orientation, dtype=self.dtype, scale=scale)
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is held; rows that meet it are brought there."""
+        return self.stored.device
+
+    @property
+    def byte_count(self) -> int:
+        """Bytes that it takes."""
+        return self.stored.nbytes + (self.scale.nbytes if self.scale is not None else 0)
+
+    def to(self, device: torch.device) -> Weight:
+        """The same weight on `device`; itself where it is there already."""
+        scale = self.scale.to(device) if self.scale is not None else None
+        return Weight(stored=self.stored.to(device), orientation=self.orientation, dtype=self.dtype, scale=scale)
+
     def in_out(self) -> torch.Tensor:
         """The stored elements as `(..., I, O)`, a view."""
         return self.stored.mT if self.orientation is Orientation.OUT_IN else self.stored

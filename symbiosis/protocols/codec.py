@@ -61,14 +61,12 @@ class Encoded:
     @property
     def byte_count(self) -> int:
         """Bytes of all chunks together, length prefixes included."""
-        return len(self.header) + len(self.payload) + _PREFIX.size * self.chunk_count
+        return _framed_bytes(len(self.header), len(self.payload))
 
     @property
     def chunk_count(self) -> int:
         """Chunks, each of which is one gRPC message."""
-        first = MAX_CHUNK_BYTES - _PREFIX.size - len(self.header)
-        rest = max(0, len(self.payload) - first)
-        return 1 + -(-rest // (MAX_CHUNK_BYTES - _PREFIX.size))
+        return _chunk_count(len(self.header), len(self.payload))
 
     def chunks(self) -> Iterator[bytes]:
         """The chunks in order; each copies its part of the payload once, when it is asked for."""
@@ -79,6 +77,16 @@ class Encoded:
             header, start = b"", end
             if start >= len(self.payload):
                 return
+
+
+def _chunk_count(header_bytes: int, payload_bytes: int) -> int:
+    first = MAX_CHUNK_BYTES - _PREFIX.size - header_bytes
+    rest = max(0, payload_bytes - first)
+    return 1 + -(-rest // (MAX_CHUNK_BYTES - _PREFIX.size))
+
+
+def _framed_bytes(header_bytes: int, payload_bytes: int) -> int:
+    return header_bytes + payload_bytes + _PREFIX.size * _chunk_count(header_bytes, payload_bytes)
 
 
 def encode_request(message: Request) -> Encoded:
@@ -167,13 +175,7 @@ def encode_reply(message: Reply) -> Encoded:
             )
         case Answer():
             payload = tensor_bytes(message.rows)
-            answer = pb.Answer(
-                dtype=_wire_dtype(message.rows.dtype),
-                rows=message.rows.shape[0],
-                width=message.rows.shape[1],
-                byte_count=len(payload),
-            )
-            header = pb.ReplyHeader(number=message.number, answer=answer)
+            header = _answer_header(message)
         case Blob():
             payload = memoryview(message.data)
             header = pb.ReplyHeader(number=message.number, blob=pb.Blob(byte_count=len(payload)))
@@ -181,6 +183,19 @@ def encode_reply(message: Reply) -> Encoded:
             refusal = pb.Refusal(code=message.code, message=message.message, next_action=message.next_action)
             header = pb.ReplyHeader(number=message.number, refusal=refusal)
     return Encoded(header=header.SerializeToString(), payload=payload)
+
+
+def reply_byte_count(message: Reply) -> int:
+    """Bytes of a reply's chunks together. Counted without making them where they are rows, which may be on a device."""
+    if isinstance(message, Answer):
+        return _framed_bytes(_answer_header(message).ByteSize(), message.rows.nbytes)
+    return encode_reply(message).byte_count
+
+
+def _answer_header(message: Answer) -> pb.ReplyHeader:
+    rows = message.rows
+    answer = pb.Answer(dtype=_wire_dtype(rows.dtype), rows=rows.shape[0], width=rows.shape[1], byte_count=rows.nbytes)
+    return pb.ReplyHeader(number=message.number, answer=answer)
 
 
 def _wire_dtype(dtype: torch.dtype) -> pb.Dtype:

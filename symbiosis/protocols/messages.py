@@ -102,7 +102,8 @@ class Call:
     """Positions of the group's layers in the manifest."""
     direction: Direction
     rows: torch.Tensor
-    """`x_TI` (forward) or `g_TO` (backward), contiguous, on the CPU, one of `WIRE_DTYPES`."""
+    """`x_TI` (forward) or `g_TO` (backward), contiguous, one of `WIRE_DTYPES`; on the CPU, unless it is handed over in
+    process."""
     segments: tuple[Segment, ...] = ()
     """For a stack of weights: which rows meet which matrix; together all rows, in order. Empty for a single matrix."""
 

@@ -52,6 +52,10 @@ class Transport(Protocol):
     address: str
     """Where the bytes go, as the ledger writes it."""
 
+    keeps_device: bool
+    """Whether messages are handed over as they are, rows on whatever device they are on. Otherwise rows go to the CPU,
+    to become bytes."""
+
     received_bytes: int
     """Application bytes that came back so far, length prefixes included."""
 
@@ -60,7 +64,7 @@ class Transport(Protocol):
 
         Args:
             request: the message.
-            encoded: the same message, encoded; what was entered into the ledger is what is sent.
+            encoded: the same message, encoded; what was entered into the ledger is what is sent. Not kept.
             max_reply_bytes: the longest payload that can be an answer to it.
 
         Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ from symbiosis.protocols.manifest import (
 from symbiosis.protocols.messages import WIRE_DTYPES, dtype_name
 from symbiosis.protocols.tensors import byte_count, tensor_digest
 from symbiosis.server.norms import facts_of
+from symbiosis.server.placement import Devices, place, usable_devices
 from symbiosis.server.selection import hosted_parameters
 from symbiosis.server.weight import Weight, laid_out, quantised
 
@@ -68,6 +69,26 @@ class HostedBase:
     def group(self, positions: Iterable[int]) -> tuple[Weight, ...]:
         """The weights of a group whose positions the manifest has accepted."""
         return tuple(self.weights[position] for position in positions)
+
+    def to(self, devices: Devices) -> HostedBase:
+        """The same base with its weights on `devices`, in contiguous ranges of blocks that are balanced by bytes.
+
+        Manifest, facts and published tensors stay as they are: numbers that move do not change. Until this base is let
+        go of, both copies of a weight that moves are held.
+
+        Args:
+            devices: as `usable_devices` takes them; none leaves every weight where it is.
+
+        Raises:
+            ConfigurationError: a device that this machine does not have.
+        """
+        usable = usable_devices(devices)
+        if not usable:
+            return self
+        names = [layer.name for layer in self.manifest.layers]
+        chosen = place(names, [weight.byte_count for weight in self.weights], devices=len(usable))
+        moved = (weight.to(usable[device]) for weight, device in zip(self.weights, chosen, strict=True))
+        return replace(self, weights=tuple(moved))
 
     def tensor_blob(self, name: str) -> bytes:
         """A published tensor, or a hosted weight where the policy allows it, as safetensors with one entry, `tensor`.
@@ -115,8 +136,9 @@ def host_model(
     publish: Publish = Publish.HALF,
     storage: Storage = Storage.FLOAT,
     own: bool = False,
+    devices: Devices = (),
 ) -> HostedBase:
-    """Host a model that is in memory. The model is not changed; its weights are shared, unless they are rounded.
+    """Host a model that is in memory. It is not changed; its weights are shared, unless they are rounded or moved.
 
     Args:
         model: a `transformers` model without trainable parameters.
@@ -125,23 +147,23 @@ def host_model(
         publish: what tenants may fetch.
         storage: in what the weights are held.
         own: the model is the host's alone, whose weights may be laid out anew, siblings side by side.
+        devices: where they are held, as `HostedBase.to` takes them; by default where the model is.
 
     Raises:
-        ConfigurationError: a parameter is trainable, a weight is not finite, or there is no layer to host.
+        ConfigurationError: a parameter is trainable, a weight is not finite, there is no layer to host, or a device is
+            not here.
     """
+    usable = usable_devices(devices)
     refuse_trainable(model.named_parameters())
     hosted = list(hosted_parameters(model))
     if not hosted:
         raise ConfigurationError(f"{name} has no linear layers in repeated blocks", "Host a transformer")
     remote = {full_name for full_name, _, _ in hosted}
     weights = [_weight(parameter, orientation, storage) for _, parameter, orientation in hosted]
-    if own:
-        names, parameters = [entry[0] for entry in hosted], [entry[1] for entry in hosted]
-        weights = laid_out(names, weights, moved=lambda position, weight: _let_go(parameters[position], weight))
     facts = [facts_of(entry[0], weight) for entry, weight in zip(hosted, weights, strict=True)]
     tensors = _half(model, remote)
     published = dict(_model_files(model) | dict(files or {}))
-    return HostedBase(
+    base = HostedBase(
         manifest=Manifest(
             base=name,
             architecture=type(model).__name__,
@@ -158,6 +180,13 @@ def host_model(
         tensors=tensors,
         files=published,
     )
+    # Last: norms and digests are computed where the numbers came from, and do not depend on who holds them.
+    placed = base.to(usable)
+    if not own:
+        return placed
+    names, parameters = [entry[0] for entry in hosted], [entry[1] for entry in hosted]
+    laid = laid_out(names, placed.weights, moved=lambda position, weight: _let_go(parameters[position], weight))
+    return replace(placed, weights=tuple(laid))
 
 
 def refuse_trainable(parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -180,6 +209,7 @@ def load_base(
     dtype: str = "auto",
     publish: Publish = Publish.HALF,
     storage: Storage = Storage.FLOAT,
+    devices: Devices = (),
     revision: str | None = None,
 ) -> HostedBase:
     """Load a base from a local directory or a hub id, shard by shard from safetensors.
@@ -189,12 +219,14 @@ def load_base(
         dtype: dtype of the hosted weights; `auto` keeps the file's.
         publish: what tenants may fetch.
         storage: in what the weights are held.
+        devices: where they are held, as `HostedBase.to` takes them; by default in the machine's own memory.
         revision: branch, tag or commit of a hub id.
 
     Raises:
         UnknownBaseError: there is no such base, or it has no safetensors.
-        ConfigurationError: it has no layer to host, or there is no such dtype.
+        ConfigurationError: it has no layer to host, there is no such dtype, or a device is not here.
     """
+    usable = usable_devices(devices)
     import transformers  # noqa: PLC0415 - slow, and only a host that loads needs it
 
     if dtype not in ("auto", *map(dtype_name, WIRE_DTYPES)):
@@ -215,14 +247,8 @@ def load_base(
     model.requires_grad_(False)
     files = {name: (folder / name).read_bytes() for name in PUBLISHED_FILES if (folder / name).is_file()}
     files["config.json"] = _model_files(model)["config.json"]
-    return host_model(
-        model,
-        name=folder.name if Path(path).is_dir() else path,
-        files=files,
-        publish=publish,
-        storage=storage,
-        own=True,
-    )
+    name = folder.name if Path(path).is_dir() else path
+    return host_model(model, name=name, files=files, publish=publish, storage=storage, devices=usable, own=True)
 
 
 def _folder(path: str, revision: str | None) -> Path:

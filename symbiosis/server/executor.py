@@ -263,7 +263,9 @@ def _compute(parts: list[_Part], threads: int) -> None:
     if len(parts) == 1:
         multiply(rows[0], weights, key.direction, segments, out=outs[0], threads=threads)
         return
-    answer_NO = multiply(torch.cat(rows), weights, key.direction, segments, threads=threads)
+    # Tenants' rows may be on different devices, the group's weights are (nearly always) on one.
+    rows_N = torch.cat([part_TI.to(weights[0].device) for part_TI in rows])
+    answer_NO = multiply(rows_N, weights, key.direction, segments, threads=threads)
     for out_TO, answer_TO in zip(outs, answer_NO.split([part.rows for part in parts]), strict=True):
         out_TO.copy_(answer_TO)  # a copy of its own: no tenant's answer shares memory with another's
 

@@ -1,5 +1,7 @@
 """The host's arithmetic: products of rows with frozen layers, forward and backward. Pure functions.
 
+Weights may be on several devices; rows are brought to them, and answers back to where the rows were.
+
 Shape legend: T rows, I input width of the group, O summed output widths, Ok output width of layer k.
 A frozen layer is `y = x Wᵀ`; its gradient with respect to the rows is `g W`. Neither needs anything from the other,
 which is what makes the host stateless (DESIGN: the one idea).
@@ -37,7 +39,7 @@ def multiply(
 
     Args:
         rows: `x_TI` (forward) or `g_TO` (backward); any floating dtype.
-        weights: the group's layers in order.
+        weights: the group's layers in order; on several devices where a call names layers far apart.
         direction: which product.
         segments: for a stack, which matrix each row meets; rows of one matrix are gathered, whoever sent them.
         out: where the answer goes, of its shape and the dtype of `rows`; made if there is none.
@@ -45,16 +47,23 @@ def multiply(
 
     Returns:
         `y_TO` (forward: the layers' answers side by side) or `g_TI` (backward: the sum over the layers), in the dtype
-        of `rows`: `out` if it was given.
+        and on the device of `rows`: `out` if it was given.
     """
-    answer = out if out is not None else rows.new_empty((rows.shape[0], answer_width(weights, direction)))
-    if segments:
-        _segmented(rows, weights[0], direction, segments, answer, threads)
-    elif direction is Direction.FORWARD:
-        _forward(rows, fused(weights), answer, threads)
+    device = weights[0].device
+    if any(weight.device != device for weight in weights):
+        answer = _one_by_one(rows, weights, direction)
+    elif rows.device == device and (out is None or out.device == device):
+        answer = out if out is not None else rows.new_empty((rows.shape[0], answer_width(weights, direction)))
+        if segments:
+            _segmented(rows, weights[0], direction, segments, answer, threads)
+        elif direction is Direction.FORWARD:
+            _forward(rows, fused(weights), answer, threads)
+        else:
+            _backward(rows, fused(weights), answer)
+        return answer
     else:
-        _backward(rows, fused(weights), answer)
-    return answer
+        answer = multiply(rows.to(device), weights, direction, segments, threads=threads)
+    return answer.to(rows.device) if out is None else out.copy_(answer)
 
 
 def answer_width(weights: Sequence[Weight], direction: Direction) -> int:
@@ -62,6 +71,15 @@ def answer_width(weights: Sequence[Weight], direction: Direction) -> int:
     if direction is Direction.FORWARD:
         return sum(weight.in_out().shape[-1] for weight in weights)
     return weights[0].in_out().shape[-2]
+
+
+def _one_by_one(rows: torch.Tensor, weights: Sequence[Weight], direction: Direction) -> torch.Tensor:
+    """The product with each weight on its own device; they meet on the rows'."""
+    if direction is Direction.FORWARD:
+        return torch.cat([multiply(rows, [weight], direction) for weight in weights], dim=1)
+    parts = rows.split([weight.in_out().shape[1] for weight in weights], dim=1)
+    products = [multiply(part, [weight], direction) for part, weight in zip(parts, weights, strict=True)]
+    return torch.stack(products).sum(dim=0)
 
 
 def _segmented(

@@ -13,8 +13,19 @@ from dataclasses import dataclass, replace
 import torch
 
 from symbiosis.protocols.manifest import Orientation
+from symbiosis.server.placement import block_of
 
 INT8_MAX = 127
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Neighbours:
+    """Weights of one block that lie one after the other, so that any run of them is one matrix."""
+
+    stored: torch.Tensor
+    """All elements, `(sum of O, I)`."""
+    scale: torch.Tensor | None
+    """All scales, `(sum of O,)`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +40,10 @@ class Weight:
     """What the weight was before it was quantised, and what it counts as."""
     scale: torch.Tensor | None = None
     """Scale of each output row, float32, shape `(..., O)`; `None` for a floating-point weight."""
+    neighbours: Neighbours | None = None
+    """What `stored` is a part of, if it was laid out beside others."""
+    start: int = 0
+    """Its first row there."""
 
     def matrix(self, index: int) -> Weight:
         """One matrix of a stack."""
@@ -39,6 +54,21 @@ class Weight:
     def parameters_per_row(self) -> int:
         """Elements that one row meets: those of one matrix."""
         return self.stored.shape[-2] * self.stored.shape[-1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is held; rows that meet it are brought there."""
+        return self.stored.device
+
+    @property
+    def byte_count(self) -> int:
+        """Bytes that it takes."""
+        return self.stored.nbytes + (self.scale.nbytes if self.scale is not None else 0)
+
+    def to(self, device: torch.device) -> Weight:
+        """The same weight on `device`; itself where it is there already."""
+        scale = self.scale.to(device) if self.scale is not None else None
+        return Weight(stored=self.stored.to(device), orientation=self.orientation, dtype=self.dtype, scale=scale)
 
     def in_out(self) -> torch.Tensor:
         """The stored elements as `(..., I, O)`, a view."""
@@ -67,15 +97,17 @@ def quantised(weight: torch.Tensor, orientation: Orientation) -> Weight:
 
 
 def fused(weights: Sequence[Weight]) -> list[Weight]:
-    """The same map as few weights as possible: those that lie one after the other in memory become one.
+    """The same map as few weights as possible: neighbours, in their order, become one.
 
     Args:
         weights: of one group, `(O, I)` each, side by side.
     """
     merged: list[Weight] = []
     for weight in weights:
-        if merged and _follows(merged[-1], weight):
-            merged[-1] = _joined(merged[-1], weight)
+        before = merged[-1] if merged else None
+        if before is not None and _follows(before, weight):
+            rows = before.stored.shape[0] + weight.stored.shape[0]
+            merged[-1] = _part(before, before.neighbours, before.start, rows)
         else:
             merged.append(weight)
     return merged
@@ -93,17 +125,32 @@ def laid_out(
     """
     result = list(weights)
     for run in _runs(names, weights):
-        stored = torch.cat([weights[position].stored for position in run])
         scales = [weight.scale for weight in (weights[position] for position in run) if weight.scale is not None]
-        scale = torch.cat(scales) if scales else None
+        neighbours = Neighbours(
+            stored=torch.cat([weights[position].stored for position in run]),
+            scale=torch.cat(scales) if scales else None,
+        )
         start = 0
         for position in run:
-            end = start + weights[position].stored.shape[0]
-            part = scale[start:end] if scale is not None else None
-            result[position] = replace(weights[position], stored=stored[start:end], scale=part)
+            rows = weights[position].stored.shape[0]
+            result[position] = _part(weights[position], neighbours, start, rows)
             moved(position, result[position])
-            start = end
+            start += rows
     return result
+
+
+def _follows(before: Weight, weight: Weight) -> bool:
+    together = before.neighbours is not None and before.neighbours is weight.neighbours
+    return together and before.start + before.stored.shape[0] == weight.start
+
+
+def _part(weight: Weight, neighbours: Neighbours | None, start: int, rows: int) -> Weight:
+    if neighbours is None:
+        return weight
+    scale = neighbours.scale[start : start + rows] if neighbours.scale is not None else None
+    return replace(
+        weight, stored=neighbours.stored[start : start + rows], scale=scale, neighbours=neighbours, start=start
+    )
 
 
 def _runs(names: Sequence[str], weights: Sequence[Weight]) -> Iterator[list[int]]:
@@ -113,51 +160,12 @@ def _runs(names: Sequence[str], weights: Sequence[Weight]) -> Iterator[list[int]
         weight = weights[position]
         if weight.orientation is not Orientation.OUT_IN or weight.stored.dim() != 2:
             return (position,)
-        return _block(names[position]), weight.stored.shape[1], weight.stored.dtype, weight.dtype, weight.stored.device
+        return block_of(names[position]), weight.stored.shape[1], weight.stored.dtype, weight.dtype, weight.device
 
     for _, run in itertools.groupby(range(len(weights)), key=kind):
         positions = list(run)
         if len(positions) > 1:
             yield positions
-
-
-def _block(name: str) -> str:
-    """`model.layers.3` of `model.layers.3.mlp.up_proj.weight`."""
-    parts = name.split(".")
-    first = next((index for index, part in enumerate(parts) if part.isdigit()), 0)
-    return ".".join(parts[: first + 1])
-
-
-def _follows(first: Weight, second: Weight) -> bool:
-    one, other = first.stored, second.stored
-    if first.orientation is not Orientation.OUT_IN or second.orientation is not Orientation.OUT_IN or one.dim() != 2:
-        return False
-    alike = one.dtype == other.dtype and one.shape[1:] == other.shape[1:] and first.dtype == second.dtype
-    if not alike or (first.scale is None) != (second.scale is None):
-        return False
-    adjacent = _adjacent(one, other)
-    if first.scale is not None and second.scale is not None:
-        adjacent = adjacent and _adjacent(first.scale, second.scale)
-    return adjacent
-
-
-def _adjacent(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two contiguous tensors of one storage lie one right after the other."""
-    return (
-        one.is_contiguous()
-        and other.is_contiguous()
-        and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
-        and one.storage_offset() + one.numel() == other.storage_offset()
-    )
-
-
-def _joined(first: Weight, second: Weight) -> Weight:
-    one, other = first.stored, second.stored
-    stored = one.as_strided((one.shape[0] + other.shape[0], one.shape[1]), one.stride())
-    scale = first.scale
-    if scale is not None:
-        scale = scale.as_strided((stored.shape[0],), (1,))
-    return replace(first, stored=stored, scale=scale)
 
 
 def relative_error(weight: torch.Tensor, rounded: Weight) -> float:

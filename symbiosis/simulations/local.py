@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from symbiosis.clients.base import Base
 from symbiosis.clients.connection import connect
@@ -25,6 +25,7 @@ from symbiosis.protocols.messages import wire_dtype_of
 from symbiosis.protocols.transcript import TranscriptWriter
 from symbiosis.server.base import HostedBase, host_model, load_base
 from symbiosis.server.host import Host
+from symbiosis.server.placement import Devices, usable_devices
 from symbiosis.simulations.builtin import resolve_base
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def local_base(
     publish: Publish | str = Publish.HALF,
     weights: Storage | str = Storage.FLOAT,
     dtype: str = "auto",
+    devices: Devices = (),
     experts: Experts | str = Experts.CALLED,
     wire_dtype: str = "auto",
 ) -> Base:
@@ -60,6 +62,8 @@ def local_base(
         publish: what the host publishes; `"all"` lets operations that need a hosted weight's numbers download it.
         weights: `"float"`, or `"int8"` to hold them rounded to eight bits, one scale per output row.
         dtype: dtype of a base that is loaded; `auto` keeps the file's.
+        devices: where the host holds the weights: `"cuda:0"`, or `("cuda:0", "cuda:1")` for ranges of layers; by
+            default where the model is. In process, rows of a model on a device stay there.
         experts: as `connect`.
         wire_dtype: as `connect`.
 
@@ -68,10 +72,11 @@ def local_base(
     """
     if transport not in {"inprocess", "grpc"}:
         raise UnsupportedError(f"there is no transport {transport!r} in this version", "Use 'inprocess' or 'grpc'")
-    mechanism, choice = resolve_mechanism(privacy), experts_of(experts)
+    mechanism, choice, usable = resolve_mechanism(privacy), experts_of(experts), usable_devices(devices)
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="symbiosis-local-")))
-        host = stack.enter_context(Host(_hosted(model_or_path, Publish(publish), Storage(weights), dtype)))
+        hosted = _hosted(model_or_path, dtype, publish=Publish(publish), storage=Storage(weights), devices=usable)
+        host = stack.enter_context(Host(hosted))
         ledger_path = Path(ledger) if ledger is not None else scratch / "ledger.jsonl"
         if transport == "grpc":
             address = _serve(host, scratch, stack)
@@ -96,13 +101,13 @@ def local_base(
         return base.own(stack.pop_all().close)
 
 
-def _hosted(model_or_path: PreTrainedModel | str | Path, publish: Publish, storage: Storage, dtype: str) -> HostedBase:
+def _hosted(model_or_path: PreTrainedModel | str | Path, dtype: str, **options: Any) -> HostedBase:
     if isinstance(model_or_path, str | Path):
-        return load_base(resolve_base(str(model_or_path)), dtype=dtype, publish=publish, storage=storage)
+        return load_base(resolve_base(str(model_or_path)), dtype=dtype, **options)
     if dtype != "auto":
         raise ConfigurationError("`dtype` goes with a base that is loaded", "Cast the model with `model.to(dtype)`")
     with _frozen(model_or_path):
-        return host_model(model_or_path, name=type(model_or_path).__name__, publish=publish, storage=storage)
+        return host_model(model_or_path, name=type(model_or_path).__name__, **options)
 
 
 @contextlib.contextmanager

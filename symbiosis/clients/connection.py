@@ -10,6 +10,7 @@ from pathlib import Path
 from symbiosis.clients.base import Base
 from symbiosis.clients.experts import Experts, experts_of
 from symbiosis.clients.gate import EgressGate
+from symbiosis.clients.retry import RetryConfig
 from symbiosis.clients.session import Session
 from symbiosis.errors import ConfigurationError, UnsupportedError
 from symbiosis.privacy.ledger import Ledger
@@ -34,6 +35,7 @@ def connect(
     cache: str | Path | None = DEFAULT_CACHE,
     reply_timeout_s: float = 120.0,
     experts: Experts | str = Experts.CALLED,
+    retry: RetryConfig | None = None,
 ) -> Base:
     """Connect to a host.
 
@@ -50,10 +52,12 @@ def connect(
         reply_timeout_s: how long to wait for an answer (seconds).
         experts: `"called"`, or `"alike"` to send as many rows to every expert of a mixture, so that the host does not
             see which ones are called (docs/custody.md).
+        retry: how long to come back to a host that has no room.
 
     Raises:
         CertificateError: the identity cannot be used, or one side does not accept the other's certificate.
         HostUnavailableError: nobody answers at `address`.
+        OverloadedError: the tenant has as many sessions open as the host lets it.
         ConfigurationError: another argument cannot be used; the message says which.
         SymbiosisError: as the host says.
     """
@@ -71,7 +75,9 @@ def connect(
         undo.callback(book.close)
         transport = GrpcTransport(address, credentials, reply_timeout_s=reply_timeout_s)
         undo.callback(transport.close)
-        session = Session(transport, EgressGate(book, destination=address, transcript=transcript), mechanism)
+        session = Session(
+            transport, EgressGate(book, destination=address, transcript=transcript), mechanism, retry=retry
+        )
         opened = Base(
             session,
             book,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 from symbiosis.errors import HostUnavailableError
 from symbiosis.protocols.codec import Encoded, Reply, Request, encode_reply
+from symbiosis.protocols.messages import Call
 from symbiosis.protocols.status import Refusal, error_of, refusal_of
 from symbiosis.protocols.transport import Handler
 
@@ -30,13 +33,22 @@ class InProcessTransport:
         if self._handler is None:
             raise HostUnavailableError("the base is closed", "Open it again with `local_base(...)`")
         try:
-            reply = self._handler.handle(self._tenant, request)
+            with self._admit(self._handler, request):
+                reply = self._handler.handle(self._tenant, request)
         except Exception as error:
             raise error_of(refusal_of(error, number=getattr(request, "number", 0))) from error
         if isinstance(reply, Refusal):
             raise error_of(reply)
         self.received_bytes += encode_reply(reply).byte_count
         return reply
+
+    def _admit(self, handler: Handler, request: Request) -> AbstractContextManager[object]:
+        """Room for a call as on a wire, so that a tenant meets the same limits everywhere."""
+        if not isinstance(request, Call):
+            return nullcontext()
+        rows, width = request.rows.shape[0], handler.expected_width(request.layers, request.direction.opposite)
+        answer_bytes = rows * width * request.rows.element_size()
+        return handler.admit(self._tenant, byte_count=request.rows.nbytes + answer_bytes, rows=rows)
 
     def close(self) -> None:
         """Let go of the host."""

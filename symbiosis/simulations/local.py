@@ -22,6 +22,7 @@ from symbiosis.protocols.identity_directory import create_request, install_certi
 from symbiosis.protocols.inprocess import InProcessTransport
 from symbiosis.protocols.manifest import Publish, Storage
 from symbiosis.protocols.transcript import TranscriptWriter
+from symbiosis.server.admission import AdmissionConfig
 from symbiosis.server.base import HostedBase, host_model, load_base
 from symbiosis.server.host import Host
 from symbiosis.simulations.builtin import resolve_base
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
 
 LOCAL_TENANT = "local"
 """Name of the tenant that `local_base` makes."""
+_ALL = AdmissionConfig()
+_ONE_TENANT = AdmissionConfig(
+    max_tenant_bytes=_ALL.max_total_bytes, max_tenant_rows=8 * _ALL.max_tenant_rows, max_tenant_sessions=128
+)
+"""Whoever uses a local base is that one tenant, from however many processes: it may have what a host gives to all."""
 
 
 def local_base(
@@ -68,7 +74,9 @@ def local_base(
     mechanism, choice = resolve_mechanism(privacy), experts_of(experts)
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="symbiosis-local-")))
-        host = stack.enter_context(Host(_hosted(model_or_path, Publish(publish), Storage(weights), dtype)))
+        host = stack.enter_context(
+            Host(_hosted(model_or_path, Publish(publish), Storage(weights), dtype), admission=_ONE_TENANT)
+        )
         ledger_path = Path(ledger) if ledger is not None else scratch / "ledger.jsonl"
         if transport == "grpc":
             address = _serve(host, scratch, stack)

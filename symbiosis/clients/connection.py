@@ -10,6 +10,7 @@ from pathlib import Path
 from symbiosis.clients.base import Base
 from symbiosis.clients.experts import Experts, experts_of
 from symbiosis.clients.gate import EgressGate
+from symbiosis.clients.retry import RetryConfig
 from symbiosis.clients.session import Session
 from symbiosis.errors import ConfigurationError, UnsupportedError
 from symbiosis.privacy.ledger import Ledger
@@ -36,6 +37,7 @@ def connect(
     reply_timeout_s: float = 120.0,
     experts: Experts | str = Experts.CALLED,
     wire_dtype: str = "auto",
+    retry: RetryConfig | None = None,
 ) -> Base:
     """Connect to a host.
 
@@ -54,10 +56,12 @@ def connect(
             see which ones are called (docs/custody.md).
         wire_dtype: `"bfloat16"` or `"float16"` rounds wider rows before they leave, and so halves the bytes of float32
             both ways; answers are rounded, too. `"auto"` sends rows as they are.
+        retry: how long to come back to a host that has no room.
 
     Raises:
         CertificateError: the identity cannot be used, or one side does not accept the other's certificate.
         HostUnavailableError: nobody answers at `address`.
+        OverloadedError: the tenant has as many sessions open as the host lets it.
         ConfigurationError: another argument cannot be used; the message says which.
         SymbiosisError: as the host says.
     """
@@ -76,7 +80,7 @@ def connect(
         transport = GrpcTransport(address, credentials, reply_timeout_s=reply_timeout_s)
         undo.callback(transport.close)
         gate = EgressGate(book, destination=address, transcript=transcript)
-        session = Session(transport, gate, mechanism, wire_dtype=dtype)
+        session = Session(transport, gate, mechanism, wire_dtype=dtype, retry=retry)
         opened = Base(
             session,
             book,

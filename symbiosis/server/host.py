@@ -14,9 +14,10 @@ import torch
 from symbiosis import __version__
 from symbiosis.errors import SymbiosisError, VersionError
 from symbiosis.protocols.codec import Reply, Request
-from symbiosis.protocols.limits import MAX_MESSAGE_BYTES, PROTOCOL_VERSION
+from symbiosis.protocols.limits import PROTOCOL_VERSION
 from symbiosis.protocols.messages import Answer, Blob, BlobKind, Call, Direction, Fetch, Hello, Welcome, check_rows
 from symbiosis.protocols.status import Refusal, refusal_of
+from symbiosis.server.admission import Admission, AdmissionConfig, Ticket
 from symbiosis.server.base import HostedBase
 from symbiosis.server.executor import Executor, ExecutorConfig
 
@@ -29,10 +30,14 @@ class Host:
     Args:
         base: what to serve.
         executor: how many compute, and by what rules.
+        admission: what tenants may have under way.
     """
 
-    def __init__(self, base: HostedBase, *, executor: ExecutorConfig | None = None) -> None:
+    def __init__(
+        self, base: HostedBase, *, executor: ExecutorConfig | None = None, admission: AdmissionConfig | None = None
+    ) -> None:
         self.base = base
+        self._admission = Admission(admission)
         self._executor = Executor(executor).start()
         self._rows: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -79,6 +84,23 @@ class Host:
         """See `protocols.transport.Handler`."""
         return self.base.manifest.widths(layers, direction)[0]
 
+    def blob_bytes(self, fetch: Fetch) -> int:
+        """See `protocols.transport.Handler`."""
+        return self.base.blob_bytes(fetch.kind, fetch.name)
+
+    def open_session(self, tenant: str) -> Ticket:
+        """See `protocols.transport.Handler`."""
+        return self._admission.open_session(tenant)
+
+    def admit(self, tenant: str, *, byte_count: int, rows: int) -> Ticket:
+        """See `protocols.transport.Handler`."""
+        return self._admission.reserve(tenant, byte_count=byte_count, rows=rows)
+
+    @property
+    def in_flight_bytes(self) -> int:
+        """Payloads and answers of all tenants that are under way now (bytes)."""
+        return self._admission.total_bytes
+
     @property
     def rows_by_tenant(self) -> dict[str, int]:
         """Rows answered so far, by tenant; what a progress display shows."""
@@ -113,12 +135,12 @@ class Host:
             release=__version__,
             tenant=tenant,
             manifest_digest=self.base.manifest.digest,
-            max_message_bytes=MAX_MESSAGE_BYTES,
+            max_message_bytes=self._admission.max_message_bytes,
         )
 
     def _blob(self, fetch: Fetch) -> bytes:
         if fetch.kind is BlobKind.MANIFEST:
-            return self.base.manifest.to_json()
+            return self.base.manifest_blob
         if fetch.kind is BlobKind.FILE:
             return self.base.file_blob(fetch.name)
         if fetch.kind is BlobKind.FACTS:

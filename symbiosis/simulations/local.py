@@ -23,6 +23,7 @@ from symbiosis.protocols.inprocess import InProcessTransport
 from symbiosis.protocols.manifest import Publish, Storage
 from symbiosis.protocols.messages import wire_dtype_of
 from symbiosis.protocols.transcript import TranscriptWriter
+from symbiosis.server.admission import AdmissionConfig
 from symbiosis.server.base import HostedBase, host_model, load_base
 from symbiosis.server.host import Host
 from symbiosis.server.placement import Devices, usable_devices
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
 
 LOCAL_TENANT = "local"
 """Name of the tenant that `local_base` makes."""
+_ALL = AdmissionConfig()
+_ONE_TENANT = AdmissionConfig(
+    max_tenant_bytes=_ALL.max_total_bytes, max_tenant_rows=8 * _ALL.max_tenant_rows, max_tenant_sessions=128
+)
+"""Whoever uses a local base is that one tenant, from however many processes: it may have what a host gives to all."""
 
 
 def local_base(
@@ -76,7 +82,7 @@ def local_base(
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="symbiosis-local-")))
         hosted = _hosted(model_or_path, dtype, publish=Publish(publish), storage=Storage(weights), devices=usable)
-        host = stack.enter_context(Host(hosted))
+        host = stack.enter_context(Host(hosted, admission=_ONE_TENANT))
         ledger_path = Path(ledger) if ledger is not None else scratch / "ledger.jsonl"
         if transport == "grpc":
             address = _serve(host, scratch, stack)

@@ -25,7 +25,7 @@ from symbiosis.protocols._generated import symbiosis_wire_pb2 as pb
 from symbiosis.protocols.limits import MAX_CHUNK_BYTES, MAX_GROUP_LAYERS, MAX_HEADER_BYTES, MAX_NAME_CHARS, MAX_SEGMENTS
 from symbiosis.protocols.messages import Answer, Blob, BlobKind, Call, Direction, Fetch, Hello, Segment, Welcome
 from symbiosis.protocols.status import Refusal
-from symbiosis.protocols.tensors import tensor_bytes, tensor_from_bytes
+from symbiosis.protocols.tensors import byte_count, tensor_bytes, tensor_from_bytes
 
 _PREFIX = struct.Struct("<I")
 
@@ -120,6 +120,20 @@ def encode_reply(message: Reply) -> Encoded:
     """
     payload = memoryview(b"")
     match message:
+        case Answer():
+            payload = tensor_bytes(message.rows)
+        case Blob():
+            payload = memoryview(message.data)
+    return Encoded(header=reply_header(message), payload=payload)
+
+
+def reply_header(message: Reply) -> bytes:
+    """The header alone, for a payload that is already where it should be.
+
+    Raises:
+        DtypeError: rows of a dtype that the wire does not carry.
+    """
+    match message:
         case Welcome():
             header = pb.ReplyHeader(
                 welcome=pb.Welcome(
@@ -131,21 +145,20 @@ def encode_reply(message: Reply) -> Encoded:
                 )
             )
         case Answer():
-            payload = tensor_bytes(message.rows)
+            rows = message.rows
             answer = pb.Answer(
-                dtype=_wire_dtype(message.rows),
-                rows=message.rows.shape[0],
-                width=message.rows.shape[1],
-                byte_count=len(payload),
+                dtype=_wire_dtype(rows),
+                rows=rows.shape[0],
+                width=rows.shape[1],
+                byte_count=byte_count(rows.shape, rows.dtype),
             )
             header = pb.ReplyHeader(number=message.number, answer=answer)
         case Blob():
-            payload = memoryview(message.data)
-            header = pb.ReplyHeader(number=message.number, blob=pb.Blob(byte_count=len(payload)))
+            header = pb.ReplyHeader(number=message.number, blob=pb.Blob(byte_count=len(message.data)))
         case Refusal():
             refusal = pb.Refusal(code=message.code, message=message.message, next_action=message.next_action)
             header = pb.ReplyHeader(number=message.number, refusal=refusal)
-    return Encoded(header=header.SerializeToString(), payload=payload)
+    return header.SerializeToString()
 
 
 def _wire_dtype(rows: torch.Tensor) -> pb.Dtype:
@@ -163,7 +176,8 @@ class Pending(Generic[_Message]):
     """A message whose header was accepted and whose payload is still to come."""
 
     byte_count: int
-    finish: Callable[[bytearray], _Message]
+    finish: Callable[[bytearray | memoryview], _Message]
+    """Takes the payload, which the message then owns, or reads in place."""
 
 
 HeaderReader = Callable[[bytes], Pending[_Message]]
@@ -329,7 +343,7 @@ def _read_call(
 
     segments = _read_segments(call)
 
-    def finish(data: bytearray) -> Request:
+    def finish(data: bytearray | memoryview) -> Request:
         rows = tensor_from_bytes(data, dtype=dtype, shape=shape)
         return Call(number=call.number, layers=layers, direction=direction, rows=rows, segments=segments)
 
@@ -346,7 +360,7 @@ def _read_segments(call: pb.Call) -> tuple[Segment, ...]:
 def _read_answer(answer: pb.Answer, number: int, limit: int) -> Pending[Reply]:
     dtype, shape = _tensor_spec(answer.dtype, answer.rows, answer.width, answer.byte_count, limit)
 
-    def finish(data: bytearray) -> Reply:
+    def finish(data: bytearray | memoryview) -> Reply:
         return Answer(number=number, rows=tensor_from_bytes(data, dtype=dtype, shape=shape))
 
     return Pending(byte_count=answer.byte_count, finish=finish)

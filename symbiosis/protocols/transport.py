@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
+import torch
+
 from symbiosis.protocols.codec import Encoded, Reply, Request
-from symbiosis.protocols.messages import Direction
+from symbiosis.protocols.messages import Answer, Call, Direction
+from symbiosis.protocols.status import Refusal
 
 
 class Handler(Protocol):
@@ -16,6 +20,25 @@ class Handler(Protocol):
 
         Raises:
             SymbiosisError: the request is refused; the caller turns it into a `Refusal`.
+        """
+        ...
+
+    def submit(
+        self,
+        tenant: str,
+        call: Call,
+        done: Callable[[Answer | Refusal], None],
+        *,
+        out: torch.Tensor | None = None,
+    ) -> None:
+        """Queue a call and return at once; what is wrong with it is told through `done`, too.
+
+        Args:
+            tenant: whose call it is, as the caller has authenticated it.
+            call: its rows are read in place until `done` is called.
+            done: called exactly once, from any thread, maybe before this returns; must be quick and not raise.
+            out: where the answer is to be written: contiguous, exactly (rows, out_width), of the rows' dtype. An
+                `Answer` then has this very tensor, already written.
         """
         ...
 

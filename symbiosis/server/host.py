@@ -5,13 +5,19 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
 from types import TracebackType
+
+import torch
 
 from symbiosis import __version__
 from symbiosis.errors import VersionError
 from symbiosis.protocols.codec import Reply, Request
 from symbiosis.protocols.limits import MAX_MESSAGE_BYTES, PROTOCOL_VERSION
 from symbiosis.protocols.messages import Answer, Blob, BlobKind, Call, Direction, Fetch, Hello, Welcome, check_rows
+from symbiosis.protocols.status import Refusal
+from symbiosis.server.answering import refuse
 from symbiosis.server.base import HostedBase
 from symbiosis.server.batching import BatchConfig
 from symbiosis.server.executor import Executor
@@ -42,6 +48,31 @@ class Host:
                 return self._answer(tenant, request)
             case Fetch():
                 return Blob(number=request.number, data=self._blob(request))
+
+    def submit(
+        self,
+        tenant: str,
+        call: Call,
+        done: Callable[[Answer | Refusal], None],
+        *,
+        out: torch.Tensor | None = None,
+    ) -> None:
+        """See `protocols.transport.Handler`."""
+
+        def finish(future: Future[torch.Tensor]) -> None:
+            try:
+                rows = future.result()
+                reply: Answer | Refusal = self._counted(tenant, call, rows if out is None else out.copy_(rows))
+            except Exception as error:
+                reply = refuse(tenant, error, number=call.number)
+            done(reply)
+
+        try:
+            future = self._queue(call)
+        except Exception as error:
+            done(refuse(tenant, error, number=call.number))
+        else:
+            future.add_done_callback(finish)
 
     def expected_width(self, layers: tuple[int, ...], direction: Direction) -> int:
         """See `protocols.transport.Handler`."""
@@ -85,11 +116,15 @@ class Host:
         )
 
     def _answer(self, tenant: str, call: Call) -> Answer:
+        return self._counted(tenant, call, self._queue(call).result())
+
+    def _queue(self, call: Call) -> Future[torch.Tensor]:
         width, _ = self.base.manifest.widths(call.layers, call.direction)
         check_rows(call.rows, width=width)
         self.base.manifest.check_segments(call.layers, call.segments, rows=call.rows.shape[0])
-        weights = self.base.group(call.layers)
-        rows = self._executor.submit(call, weights).result()
+        return self._executor.submit(call, self.base.group(call.layers))
+
+    def _counted(self, tenant: str, call: Call, rows: torch.Tensor) -> Answer:
         with self._lock:
             self._rows[tenant] += call.rows.shape[0]
         return Answer(number=call.number, rows=rows)

@@ -17,19 +17,19 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from types import TracebackType
 
 import grpc
 
-from symbiosis.errors import CertificateError, ConfigurationError, ProtocolError, SymbiosisError
-from symbiosis.protocols.codec import Assembler, Reply, Request, encode_reply, request_reader
+from symbiosis.errors import CertificateError, ConfigurationError, ProtocolError
+from symbiosis.protocols.codec import Assembler, Request, encode_reply, request_reader
 from symbiosis.protocols.grpc_client import CHANNEL_OPTIONS
-from symbiosis.protocols.identity import Credentials, expiry_of, tenant_of
+from symbiosis.protocols.identity import Credentials
 from symbiosis.protocols.limits import MAX_MESSAGE_BYTES
-from symbiosis.protocols.messages import Call, Fetch, Hello, Welcome
+from symbiosis.protocols.messages import Welcome
 from symbiosis.protocols.status import refusal_of
 from symbiosis.protocols.transport import Handler
+from symbiosis.server.answering import Peer, peer_of, reply_to
 
 _log = logging.getLogger(__name__)
 
@@ -129,33 +129,14 @@ class Service:
                 return  # rule 4
             if request is None:
                 continue
-            if peer.expires <= datetime.now(UTC):
+            if peer.expired:
                 context.abort(grpc.StatusCode.UNAUTHENTICATED, "the certificate has expired")  # rule 2
-            reply = self._reply(peer.tenant, request, greeted=greeted)
+            reply = reply_to(self._handler, peer.tenant, request, greeted=greeted)
             greeted = greeted or isinstance(reply, Welcome)
             yield from encode_reply(reply).chunks()
 
-    def _reply(self, tenant: str, request: Request, *, greeted: bool) -> Reply:
-        number = request.number if isinstance(request, Call | Fetch) else 0
-        try:
-            if not greeted and not isinstance(request, Hello):
-                raise ProtocolError("a stream begins with a hello", "Send it first")  # rule 3
-            return self._handler.handle(tenant, request)
-        except SymbiosisError as error:
-            _log.warning("refused a message of tenant %s: %s", tenant, error.code)
-            return refusal_of(error, number=number)
-        except Exception as error:
-            _log.exception("failed to answer a message of tenant %s", tenant)
-            return refusal_of(error, number=number)  # rule 5
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Peer:
-    tenant: str
-    expires: datetime
-
-
-def _authenticate(context: grpc.ServicerContext) -> _Peer:
+def _authenticate(context: grpc.ServicerContext) -> Peer:
     """Who is at the other end, by rules 1 and 2.
 
     Raises:
@@ -165,7 +146,4 @@ def _authenticate(context: grpc.ServicerContext) -> _Peer:
     versions = [bytes(value).decode(errors="replace") for value in auth.get("ssl_tls_version", ())]
     if versions != ["TLSv1.3"]:
         raise CertificateError(f"the stream uses {versions[0] if versions else 'no TLS'}, not TLS 1.3", "Update TLS")
-    certificate = b"".join(auth.get("x509_pem_cert", ()))
-    if not certificate:
-        raise CertificateError("the stream shows no certificate", "Enrol at this host")
-    return _Peer(tenant=tenant_of(certificate), expires=expiry_of(certificate))
+    return peer_of(b"".join(auth.get("x509_pem_cert", ())))

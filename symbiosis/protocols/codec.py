@@ -165,6 +165,20 @@ def encode_reply(message: Reply) -> Encoded:
     """
     payload = memoryview(b"")
     match message:
+        case Answer():
+            payload = tensor_bytes(message.rows)
+        case Blob():
+            payload = memoryview(message.data)
+    return Encoded(header=reply_header(message), payload=payload)
+
+
+def reply_header(message: Reply) -> bytes:
+    """The header alone, for a payload that is already where it should be.
+
+    Raises:
+        DtypeError: rows of a dtype that the wire does not carry.
+    """
+    match message:
         case Welcome():
             header = pb.ReplyHeader(
                 welcome=pb.Welcome(
@@ -176,11 +190,9 @@ def encode_reply(message: Reply) -> Encoded:
                 )
             )
         case Answer():
-            payload = tensor_bytes(message.rows)
             header = _answer_header(message)
         case Blob():
-            payload = memoryview(message.data)
-            header = pb.ReplyHeader(number=message.number, blob=pb.Blob(byte_count=len(payload)))
+            header = pb.ReplyHeader(number=message.number, blob=pb.Blob(byte_count=len(message.data)))
         case Refusal():
             refusal = pb.Refusal(
                 code=message.code,
@@ -189,7 +201,7 @@ def encode_reply(message: Reply) -> Encoded:
                 retry_after_ms=message.retry_after_ms,
             )
             header = pb.ReplyHeader(number=message.number, refusal=refusal)
-    return Encoded(header=header.SerializeToString(), payload=payload)
+    return header.SerializeToString()
 
 
 def reply_byte_count(message: Reply) -> int:
@@ -220,7 +232,8 @@ class Pending(Generic[_Message]):
     """A message whose header was accepted and whose payload is still to come."""
 
     byte_count: int
-    finish: Callable[[bytearray], _Message]
+    finish: Callable[[bytearray | memoryview], _Message]
+    """Takes the payload, which the message then owns, or reads in place."""
     kept: bool = True
     """Whether the payload is kept. That of a refused message is read past, and `finish` is given nothing."""
 
@@ -427,7 +440,7 @@ def _read_call(
         refusal = refusal_of(error, number=call.number)
         return Pending(byte_count=call.byte_count, finish=lambda _: refusal, kept=False)
 
-    def finish(data: bytearray) -> Request:
+    def finish(data: bytearray | memoryview) -> Request:
         rows = tensor_from_bytes(data, dtype=dtype, shape=shape)
         return Call(number=call.number, layers=layers, direction=direction, rows=rows, segments=segments)
 
@@ -444,7 +457,7 @@ def _read_segments(call: pb.Call) -> tuple[Segment, ...]:
 def _read_answer(answer: pb.Answer, number: int, limit: int) -> Pending[Reply]:
     dtype, shape = _tensor_spec(answer.dtype, answer.rows, answer.width, answer.byte_count, limit)
 
-    def finish(data: bytearray) -> Reply:
+    def finish(data: bytearray | memoryview) -> Reply:
         return Answer(number=number, rows=tensor_from_bytes(data, dtype=dtype, shape=shape))
 
     return Pending(byte_count=answer.byte_count, finish=finish)

@@ -37,6 +37,9 @@ from symbiosis.clients import is_remote
 from symbiosis.errors import RemoteWeightError
 from symbiosis.simulations.builtin import BUILTIN_DIRECTORY
 
+# Names that transformers 5 renames and that PEFT and Trainer still use.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
+
 FP32 = 1e-5
 TRAINED = 1e-4
 """After some steps of Adam, which divides small gradients by their size."""
@@ -179,7 +182,6 @@ def adapter(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
 def test_trainer_evaluates_and_keeps_the_best(models: Models, tmp_path: Path) -> None:
     histories, best, adapters = [], [], []
     for number, model in enumerate(models):
@@ -248,7 +250,6 @@ def test_a_loop_of_one_s_own_with_accelerate(models: Models, tmp_path: Path) -> 
     assert worst_error(*adapters) < TRAINED
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_sft_trainer_takes_the_same_steps(open_base: OpenBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")

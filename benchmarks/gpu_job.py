@@ -6,13 +6,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from symbiosis.clients.remote_weight import is_remote
+from symbiosis.clients.row_custody import mark_public
 
 GB = 1e9
 
@@ -67,14 +66,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Everything that the large one does, in seconds on two cores. Its ratios of speed mean nothing.
     "tiny": {
         "hidden": 64, "intermediate": 176, "layers": 2, "heads": 4, "vocabulary": 256, "rank": 4, "batch": 2,
-        "tokens": 16, "steps": 2, "prompt_tokens": 4, "new_tokens": 4, "repeats": 2, "rounds": 1, "max_jobs": 2,
-        "max_tenants": 3, "memory_limit_gb": 0.0025,
+        "tokens": 16, "steps": 2, "prompt_tokens": 4, "new_tokens": 4, "repeats": 2, "rounds": 1, "max_jobs": 4,
+        "max_tenants": 8, "memory_limit_gb": 0.001,
     },
 }  # fmt: skip
 
 
 def random_base(settings: Settings) -> Any:
     """A frozen Llama with random weights, made on the device. The same numbers every time on the same device."""
+    from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: PLC0415 - slow, and for the sides only
+
     config = LlamaConfig(
         vocab_size=settings.vocabulary,
         hidden_size=settings.hidden,
@@ -104,6 +105,8 @@ class Job:
     """
 
     def __init__(self, model: Any, settings: Settings, *, number: int) -> None:
+        from peft import LoraConfig, get_peft_model  # noqa: PLC0415
+
         self._settings = settings
         torch.manual_seed(100 + number)
         config = LoraConfig(r=settings.rank, lora_alpha=2 * settings.rank, target_modules="all-linear")
@@ -120,6 +123,7 @@ class Job:
     def train(self, steps: int) -> int:
         """Forward, backward and optimizer, `steps` times; the tokens that were trained on."""
         self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)  # of a step that ran out of memory
         for _ in range(steps):
             loss = self.model(input_ids=self._text, labels=self._text, use_cache=False).loss
             loss.backward()
@@ -140,14 +144,15 @@ class Job:
                 min_new_tokens=new_tokens,
                 max_new_tokens=new_tokens,
             )
-        return int(text.shape[1] - prompt.shape[1])
+        decoded: int = text.shape[1] - prompt.shape[1]
+        return decoded
 
     def own_bytes(self, shared: Iterable[torch.Tensor] = ()) -> int:
         """Bytes of parameters and optimizer state that nobody else has; gradients are counted with the step."""
-        known = {tensor.untyped_storage().data_ptr() for tensor in shared}
+        known = {_address(tensor) for tensor in shared}
         state = [value for entry in self.optimizer.state.values() for value in entry.values()]
         held = [tensor for tensor in [*self.model.parameters(), *self.model.buffers()] if not is_remote(tensor)]
-        return storage_bytes(tensor for tensor in held + state if tensor.untyped_storage().data_ptr() not in known)
+        return storage_bytes(tensor for tensor in held + state if _address(tensor) not in known)
 
     def step_bytes(self) -> int:
         """Bytes that one training step needs on top, at its peak."""
@@ -157,7 +162,8 @@ class Job:
             torch.cuda.reset_peak_memory_stats()
             self.train(1)
             torch.cuda.synchronize()
-            return torch.cuda.max_memory_allocated() - before
+            peak: int = torch.cuda.max_memory_allocated() - before
+            return peak
         # A CPU keeps no such count: what autograd saved, and a gradient for every trainable parameter.
         saved: list[torch.Tensor] = []
 
@@ -167,17 +173,19 @@ class Job:
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             self.train(1)
-        own = {
-            parameter.untyped_storage().data_ptr() for parameter in self.model.parameters() if not is_remote(parameter)
-        }
-        graph = storage_bytes(tensor for tensor in saved if tensor.untyped_storage().data_ptr() not in own)
-        return graph + sum(parameter.nbytes for parameter in self._trainable)
+        own = {_address(parameter) for parameter in self.model.parameters() if not is_remote(parameter)}
+        graph = storage_bytes(tensor for tensor in saved if _address(tensor) not in own)
+        gradients: int = sum(parameter.nbytes for parameter in self._trainable)
+        return graph + gradients
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of tensors, memory that several share counted once."""
-    found = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(found.values())
+    return sum({_address(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def share_half(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -224,3 +232,48 @@ def out_of_memory(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+class Room(Protocol):
+    """Where tenants are added until there is no memory for one more."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def grow(self) -> bool:
+        """Add one; whether there was memory to build it."""
+        ...
+
+    def fits(self) -> bool:
+        """Whether all have memory to work at once."""
+        ...
+
+    def drop(self) -> None:
+        """Take the last one away."""
+        ...
+
+
+def fill(room: Room, *, guess: int, most: int) -> None:
+    """Bring in as many as work at once, from a guess on up or down one by one.
+
+    Args:
+        room: holds one already.
+        guess: how many may fit.
+        most: how many are wanted.
+
+    Raises:
+        OutOfMemoryError: not even one works.
+    """
+    while len(room) < min(guess, most) and room.grow():
+        pass
+    full = False
+    while not room.fits():
+        if len(room) == 1:
+            raise torch.OutOfMemoryError("out of memory: not even one tenant fits beside the base")
+        room.drop()
+        full = True
+    while not full and len(room) < most and room.grow():
+        full = not room.fits()
+        if full:
+            room.drop()

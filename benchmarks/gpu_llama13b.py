@@ -3,9 +3,9 @@
     python benchmarks/gpu_llama13b.py                       # Llama-2-13B's shapes on the first GPU
     python benchmarks/gpu_llama13b.py --preset tiny         # the same in seconds on a CPU, to keep it alive
 
-Separate jobs are what people would run instead: a process each, with a base of its own, as many as fit, sharing the GPU's
-time. They are started until one runs out of memory. Tenants are added to one host until one more would. Either side is
-alone on the device. Both do the same work: the same base, adapters and text, so that their losses can be compared.
+Separate jobs are what people would run instead: a process each, with a base of its own, as many as fit, sharing the
+GPU's time. They are started until one runs out of memory. Tenants are added to one host until one more would. Either
+side is alone on the device. Both do the same work on the same base, adapters and text, so that losses can be compared.
 
 Prints one JSON object. On a GPU it is also written to `benchmarks/results/gpu_llama13b.json`, with a plot beside it.
 """
@@ -90,7 +90,7 @@ def separate_side(settings: Settings) -> dict[str, Any]:
             sizes = {key: value for key, value in ready.items() if key != "state"}
             if not settings.on_gpu:
                 room = min(room, int(settings.memory_limit_gb * GB // (sizes["own_bytes"] + sizes["step_bytes"])))
-        if not jobs:
+        if not jobs or room < 1:
             raise SideError("not even one separate job fits")
         measured = {kind: [_all_at_once(jobs, kind) for _ in range(settings.repeats)] for kind in KINDS}
         return {"jobs": len(jobs), "capped": not full and len(jobs) == settings.max_jobs, **sizes, "measured": measured}
@@ -158,12 +158,8 @@ def _speed(rounds: list[dict[str, Any]], kind: str) -> dict[str, float]:
 
 def where_and_what(settings: Settings) -> dict[str, Any]:
     """Device, date, commit, versions."""
-    gpu = settings.on_gpu
-    device: dict[str, Any] = {
-        "kind": torch.device(settings.device).type,
-        "name": platform.processor() or platform.machine(),
-    }
-    if gpu:
+    device: dict[str, Any] = {"kind": torch.device(settings.device).type, "name": platform.machine()}
+    if settings.on_gpu:
         found = torch.cuda.get_device_properties(settings.device)
         device |= {"name": found.name, "memory_bytes": found.total_memory, "cuda": torch.version.cuda}
     return {
@@ -191,21 +187,16 @@ def plot(result: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt  # noqa: PLC0415
 
     separate, tenants = result["speed"]["separate"], result["speed"]["tenants"]
-    panels = [("adapters at once", result["separate_jobs"], result["tenants"], None, None)]
-    panels += [
-        (
-            f"{kind}, tokens/s",
-            separate[kind]["tokens_per_s"],
-            tenants[kind]["tokens_per_s"],
-            separate[kind],
-            tenants[kind],
-        )
-        for kind in KINDS
+    panels: list[tuple[str, list[float], list[dict[str, float]]]] = [
+        ("adapters at once", [result["separate_jobs"], result["tenants"]], [])
     ]
+    for kind in KINDS:
+        pair = [separate[kind], tenants[kind]]
+        panels.append((f"{kind}, tokens/s", [one["tokens_per_s"] for one in pair], pair))
     figure, axes = plt.subplots(1, len(panels), figsize=(9, 3.2), layout="constrained")
-    for axis, (title, mine, its, *spreads) in zip(axes, panels, strict=True):
-        axis.bar(["separate jobs", "tenants"], [mine, its], color=["#999999", "#2266aa"])
-        for place, spread in enumerate(filter(None, spreads)):
+    for axis, (title, heights, spreads) in zip(axes, panels, strict=True):
+        axis.bar(["separate jobs", "tenants"], heights, color=["#999999", "#2266aa"])
+        for place, spread in enumerate(spreads):
             axis.vlines(place, spread["least"], spread["most"], color="black")
         axis.set_title(title, fontsize=10)
     figure.suptitle(f"{result['preset']} on {result['device']['name']}", fontsize=10)
@@ -219,19 +210,8 @@ def read_settings(arguments: list[str] | None = None) -> tuple[Settings, Path | 
     parser.add_argument("--preset", choices=PRESETS, default="llama13b")
     parser.add_argument("--device", help="cuda:0, or cpu; by default a GPU for llama13b and the CPU for tiny")
     parser.add_argument("--out", type=Path, help="file for the result; without it, one is written for a GPU only")
-    for field in dataclasses.fields(Settings):
-        if field.name in {
-            "rank",
-            "batch",
-            "tokens",
-            "steps",
-            "new_tokens",
-            "repeats",
-            "rounds",
-            "max_jobs",
-            "max_tenants",
-        }:
-            parser.add_argument(f"--{field.name.replace('_', '-')}", type=int)
+    for name in ("rank", "batch", "tokens", "steps", "new-tokens", "repeats", "rounds", "max-jobs", "max-tenants"):
+        parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--memory-limit-gb", type=float, help="on a CPU: the room that either side is given")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction)
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}

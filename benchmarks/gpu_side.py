@@ -1,12 +1,13 @@
 """The process of one side: a separate job with a base of its own, or a host with all its tenants.
 
-`gpu_llama13b.py` starts it, writes the settings as one line of JSON and then a command a line: `train`, `decode`. Each is
-answered with one line of JSON; the first says what fits. The end of standard input ends it.
+`gpu_llama13b.py` starts it, writes the settings as one line of JSON and then a command a line: `train`, `decode`. Each
+is answered with one line of JSON; the first says what fits. The end of standard input ends it.
 
-Tenants are threads of the host's process. Rows then pass by reference and stay on the GPU, and one copy of embedding and
-head serves all; processes of their own would need CUDA IPC, which the transports do not have yet, and a CUDA context
-(some hundred MB) for each. The price is the interpreter's lock: all tenants' Python runs on one core at a time, where
-separate jobs use one each. `cores` in the result says how far that went, `alone` what one tenant reaches by itself.
+Tenants are threads of the host's process. Rows then pass by reference and stay on the GPU, and one copy of embedding
+and head serves all; processes of their own would need CUDA IPC, which the transports do not have yet, and a CUDA
+context (some hundred MB) for each. The price is the interpreter's lock: all tenants' Python runs on one core at a time,
+where separate jobs use one each. `cores` in the result says how far that went, `alone` what one tenant reaches by
+itself.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any, TextIO
 
 import torch
 import transformers
-from gpu_job import GB, Job, Settings, out_of_memory, random_base, share_half, storage_bytes, together
+from gpu_job import GB, Job, Settings, fill, out_of_memory, random_base, share_half, storage_bytes, together
 
 from symbiosis.clients.base import Base
 from symbiosis.clients.gate import EgressGate
@@ -37,7 +38,7 @@ from symbiosis.server.base import host_model
 from symbiosis.server.host import Host
 
 MARGIN = 0.97
-"""Part of the free memory of a GPU that the first guess counts on; then tenants are added or taken away until it fits."""
+"""Part of a GPU's free memory that the first guess counts on; then tenants are added or taken away until it fits."""
 
 
 class Separate:
@@ -65,7 +66,7 @@ class Tenants:
         # The model is let go of: what is not hosted stays as the published half, which all tenants share.
         self.host = stack.enter_context(Host(host_model(random_base(settings), name=settings.preset)))
         self.bases: list[Base] = []
-        stack.callback(lambda: [base.close() for base in self.bases])
+        stack.callback(self._close)
         self.jobs: list[Job] = []
         self.shared = list(self.host.base.tensors.values())
         base_bytes = storage_bytes([weight.stored for weight in self.host.base.weights] + self.shared)
@@ -82,21 +83,27 @@ class Tenants:
         number = len(self.jobs)
         name = f"tenant-{number}"
         book = Ledger.open(self._scratch / f"{name}-{time.monotonic_ns()}.jsonl", tenant=name)
-        session = Session(
-            InProcessTransport(self.host, tenant=name), EgressGate(book, destination="inprocess"), Plaintext()
-        )
+        gate = EgressGate(book, destination="inprocess")
+        session = Session(InProcessTransport(self.host, tenant=name), gate, Plaintext())
         self.bases.append(Base(session, book))
         model = self.bases[-1].load(transformers.AutoModelForCausalLM, dtype=getattr(torch, self._settings.dtype))
         share_half(model, self.host.base.tensors)
         self.jobs.append(Job(model.to(self._settings.device), self._settings, number=number))
 
+    def __len__(self) -> int:
+        return len(self.jobs)
+
     def drop(self) -> None:
-        """The last tenant leaves, and what it held is free."""
+        """See `Room`; what the last tenant held is free."""
         self.jobs.pop()
         self.bases.pop().close()
         gc.collect()
         if self._settings.on_gpu:
             torch.cuda.empty_cache()
+
+    def _close(self) -> None:
+        for base in self.bases:
+            base.close()
 
     @property
     def sent_bytes(self) -> int:
@@ -111,29 +118,8 @@ class Tenants:
             found |= {"peak_allocated_bytes": torch.cuda.max_memory_allocated(), "used_bytes": total - free}
         return found
 
-    def _fill(self, base_bytes: int, bytes_of_one: int) -> None:
-        settings = self._settings
-        if settings.on_gpu:
-            torch.cuda.empty_cache()
-            free, _ = torch.cuda.mem_get_info()
-            guess = 1 + int(MARGIN * free // bytes_of_one)  # the first tenant is there already
-        else:
-            guess = int((settings.memory_limit_gb * GB - base_bytes) // bytes_of_one)
-        while len(self.jobs) < min(guess, settings.max_tenants) and self._grow():
-            pass
-        full = not settings.on_gpu
-        while not self._fits():
-            if len(self.jobs) == 1:
-                raise torch.OutOfMemoryError("out of memory: not even one tenant fits beside the base")
-            self.drop()
-            full = True
-        while not full and len(self.jobs) < settings.max_tenants and self._grow():
-            full = not self._fits()
-            if full:
-                self.drop()
-
-    def _grow(self) -> bool:
-        """Whether there was memory for one more; whether it can work beside the others is another matter."""
+    def grow(self) -> bool:
+        """See `Room`."""
         try:
             self.add()
         except Exception as error:
@@ -144,7 +130,8 @@ class Tenants:
             return False
         return True
 
-    def _fits(self) -> bool:
+    def fits(self) -> bool:
+        """See `Room`; a step and a decoding of everybody at once, which also warms up."""
         try:
             self._at_once()
         except Exception as error:
@@ -152,6 +139,20 @@ class Tenants:
                 raise
             return False
         return True
+
+    def _fill(self, base_bytes: int, bytes_of_one: int) -> None:
+        settings = self._settings
+        if settings.on_gpu:
+            torch.cuda.empty_cache()
+            free, _ = torch.cuda.mem_get_info()
+            fill(self, guess=1 + int(MARGIN * free // bytes_of_one), most=settings.max_tenants)  # one is there already
+            return
+        fit = min(settings.max_tenants, int((settings.memory_limit_gb * GB - base_bytes) // bytes_of_one))
+        if fit < 1:
+            raise torch.OutOfMemoryError("out of memory: the limit has no room for a tenant beside the base")
+        while len(self) < fit:
+            self.add()
+        self._at_once()
 
     def _at_once(self) -> None:
         together(self.jobs, lambda job: job.train(1), device=self._settings.device)
@@ -182,13 +183,8 @@ def commands(settings: Settings, side: Separate | Tenants, said: TextIO) -> Iter
         sent = side.sent_bytes
         measured = together(side.jobs, work_of(kind, settings), device=settings.device)
         per_token = (side.sent_bytes - sent) / measured["tokens"]
-        yield {
-            "state": kind,
-            **measured,
-            "sent_bytes_per_token": per_token,
-            "losses": side.jobs[0].losses,
-            **side.facts(),
-        }
+        facts = {"sent_bytes_per_token": per_token, "losses": side.jobs[0].losses, **side.facts()}
+        yield {"state": kind, **measured, **facts}
 
 
 def main() -> None:
@@ -197,6 +193,8 @@ def main() -> None:
     settings = Settings(**order["settings"])
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
     torch.set_num_threads(order["threads"])
+    if settings.on_gpu:
+        torch.cuda.set_device(settings.device)
     warnings.simplefilter("ignore", FutureWarning)  # libraries telling each other what they will rename
     transformers.utils.logging.disable_progress_bar()
 

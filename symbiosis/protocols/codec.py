@@ -60,14 +60,12 @@ class Encoded:
     @property
     def byte_count(self) -> int:
         """Bytes of all chunks together, length prefixes included."""
-        return len(self.header) + len(self.payload) + _PREFIX.size * self.chunk_count
+        return message_bytes(len(self.header), len(self.payload))
 
     @property
     def chunk_count(self) -> int:
         """Chunks, each of which is one gRPC message."""
-        first = MAX_CHUNK_BYTES - _PREFIX.size - len(self.header)
-        rest = max(0, len(self.payload) - first)
-        return 1 + -(-rest // (MAX_CHUNK_BYTES - _PREFIX.size))
+        return _chunk_count(len(self.header), len(self.payload))
 
     def chunks(self) -> Iterator[bytes]:
         """The chunks in order; each copies its part of the payload once, when it is asked for."""
@@ -78,6 +76,16 @@ class Encoded:
             header, start = b"", end
             if start >= len(self.payload):
                 return
+
+
+def message_bytes(header_bytes: int, payload_bytes: int) -> int:
+    """Bytes of a message's chunks together, length prefixes included: what is counted whatever the transport."""
+    return header_bytes + payload_bytes + _PREFIX.size * _chunk_count(header_bytes, payload_bytes)
+
+
+def _chunk_count(header_bytes: int, payload_bytes: int) -> int:
+    rest = max(0, payload_bytes - (MAX_CHUNK_BYTES - _PREFIX.size - header_bytes))
+    return 1 + -(-rest // (MAX_CHUNK_BYTES - _PREFIX.size))
 
 
 def encode_request(message: Request) -> Encoded:
@@ -170,14 +178,24 @@ def _wire_dtype(rows: torch.Tensor) -> pb.Dtype:
 
 _Message = TypeVar("_Message")
 
+Payload = bytearray | memoryview
+"""A payload that the reader owns, or one in memory that is shared with whoever sent it."""
+
+RowsReader = Callable[[Payload, torch.dtype, tuple[int, int]], torch.Tensor]
+"""Makes a tensor of a payload that has exactly its bytes."""
+
+
+def rows_in_place(data: Payload, dtype: torch.dtype, shape: tuple[int, int]) -> torch.Tensor:
+    """A tensor over the payload itself."""
+    return tensor_from_bytes(data, dtype=dtype, shape=shape)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pending(Generic[_Message]):
     """A message whose header was accepted and whose payload is still to come."""
 
     byte_count: int
-    finish: Callable[[bytearray | memoryview], _Message]
-    """Takes the payload, which the message then owns, or reads in place."""
+    finish: Callable[[Payload], _Message]
 
 
 HeaderReader = Callable[[bytes], Pending[_Message]]
@@ -230,13 +248,17 @@ class Assembler(Generic[_Message]):
 
 
 def request_reader(
-    *, expected_width: Callable[[tuple[int, ...], Direction], int], max_message_bytes: int
+    *,
+    expected_width: Callable[[tuple[int, ...], Direction], int],
+    max_message_bytes: int,
+    rows_of: RowsReader = rows_in_place,
 ) -> HeaderReader[Request]:
     """How the host reads headers.
 
     Args:
         expected_width: the row width that a group takes in a direction; raises for a group that is not there.
         max_message_bytes: the longest payload (bytes).
+        rows_of: how a payload becomes rows.
     """
 
     def read(header: bytes) -> Pending[Request]:
@@ -247,24 +269,25 @@ def request_reader(
         if kind == "fetch":
             return _empty(_read_fetch(parsed.fetch))
         if kind == "call":
-            return _read_call(parsed.call, expected_width, max_message_bytes)
+            return _read_call(parsed.call, expected_width, max_message_bytes, rows_of)
         raise FrameError("a request has no kind")
 
     return read
 
 
-def reply_reader(*, max_payload_bytes: Callable[[], int]) -> HeaderReader[Reply]:
+def reply_reader(*, max_payload_bytes: Callable[[], int], rows_of: RowsReader = rows_in_place) -> HeaderReader[Reply]:
     """How the tenant reads headers.
 
     Args:
         max_payload_bytes: what the outstanding request can be answered with at most (bytes).
+        rows_of: how a payload becomes rows.
     """
 
     def read(header: bytes) -> Pending[Reply]:
         parsed = _parse(pb.ReplyHeader, header)
         kind, number, limit = parsed.WhichOneof("kind"), parsed.number, max_payload_bytes()
         if kind == "answer":
-            return _read_answer(parsed.answer, number, limit)
+            return _read_answer(parsed.answer, number, limit, rows_of)
         if kind == "blob":
             count = _within(parsed.blob.byte_count, limit)
             return Pending(byte_count=count, finish=lambda data: Blob(number=number, data=bytes(data)))
@@ -328,7 +351,10 @@ def _read_fetch(fetch: pb.Fetch) -> Fetch:
 
 
 def _read_call(
-    call: pb.Call, expected_width: Callable[[tuple[int, ...], Direction], int], max_message_bytes: int
+    call: pb.Call,
+    expected_width: Callable[[tuple[int, ...], Direction], int],
+    max_message_bytes: int,
+    rows_of: RowsReader,
 ) -> Pending[Request]:
     direction = _DIRECTION_FROM_WIRE.get(call.direction)
     if direction is None:
@@ -343,8 +369,8 @@ def _read_call(
 
     segments = _read_segments(call)
 
-    def finish(data: bytearray | memoryview) -> Request:
-        rows = tensor_from_bytes(data, dtype=dtype, shape=shape)
+    def finish(data: Payload) -> Request:
+        rows = rows_of(data, dtype, shape)
         return Call(number=call.number, layers=layers, direction=direction, rows=rows, segments=segments)
 
     return Pending(byte_count=call.byte_count, finish=finish)
@@ -357,11 +383,11 @@ def _read_segments(call: pb.Call) -> tuple[Segment, ...]:
     return tuple(Segment(matrix=matrix, rows=rows) for matrix, rows in pairs)
 
 
-def _read_answer(answer: pb.Answer, number: int, limit: int) -> Pending[Reply]:
+def _read_answer(answer: pb.Answer, number: int, limit: int, rows_of: RowsReader) -> Pending[Reply]:
     dtype, shape = _tensor_spec(answer.dtype, answer.rows, answer.width, answer.byte_count, limit)
 
-    def finish(data: bytearray | memoryview) -> Reply:
-        return Answer(number=number, rows=tensor_from_bytes(data, dtype=dtype, shape=shape))
+    def finish(data: Payload) -> Reply:
+        return Answer(number=number, rows=rows_of(data, dtype, shape))
 
     return Pending(byte_count=answer.byte_count, finish=finish)
 

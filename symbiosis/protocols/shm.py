@@ -12,7 +12,8 @@ One file in memory has two areas, one for the request under way and one for its 
    its sender. No number of a payload is ever used as a length, a position or a name.
 4. The mapping lives as long as any view or tensor over it does.
 
-A CUDA device that both sides can open would carry rows in its own memory: then `Area.payload` is what to replace.
+Where both sides could open one CUDA device, rows would lie in memory of that device: `Area.rows` is the one place that
+makes a tensor of a payload.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ import socket
 import struct
 from pathlib import Path
 
+import torch
+
 from symbiosis.errors import ConfigurationError, FrameError, UnsupportedError
 from symbiosis.protocols.limits import MAX_HEADER_BYTES
+from symbiosis.protocols.tensors import byte_count, tensor_from_bytes
 
 SCHEME = "shm:"
 """What the address of a socket begins with; its path follows."""
@@ -42,6 +46,7 @@ MAX_PATH_BYTES = 107
 _PREFIX = struct.Struct("<I")
 _PEER = struct.Struct("3i")  # struct ucred: process, user, group
 _PAGE_BYTES = 4096
+_KEPT_TENSORS = 64
 _HEADER_BYTES = -(-(_PREFIX.size + MAX_HEADER_BYTES) // _PAGE_BYTES) * _PAGE_BYTES
 
 
@@ -96,6 +101,7 @@ class Area:
     def __init__(self, view: memoryview) -> None:
         self._head = view[:_HEADER_BYTES]
         self._payload = view[_HEADER_BYTES:]
+        self._tensors: dict[tuple[torch.dtype, tuple[int, int]], torch.Tensor] = {}
 
     @property
     def payload_bytes(self) -> int:
@@ -139,6 +145,20 @@ class Area:
             message = f"a payload of {count} bytes is longer than the {len(self._payload)} of the shared memory"
             raise FrameError(message, "Send fewer rows")
         return self._payload[:count]
+
+    def rows(self, dtype: torch.dtype, shape: tuple[int, int]) -> torch.Tensor:
+        """The payload as rows, in place. Tensors are kept: a tenant's calls have few shapes, and most are short.
+
+        Raises:
+            FrameError: the payload is not that long.
+        """
+        found = self._tensors.get((dtype, shape))
+        if found is None:
+            if len(self._tensors) >= _KEPT_TENSORS:
+                self._tensors.clear()
+            data = self.payload(byte_count(shape, dtype))
+            found = self._tensors[dtype, shape] = tensor_from_bytes(data, dtype=dtype, shape=shape)
+        return found
 
 
 class SharedMemory:

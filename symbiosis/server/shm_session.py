@@ -12,17 +12,17 @@ import logging
 import os
 import threading
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
 
 from symbiosis.errors import FrameError, ProtocolError
-from symbiosis.protocols.codec import Assembler, Request, encode_reply, reply_header, request_reader
+from symbiosis.protocols.codec import Assembler, HeaderReader, Request, encode_reply, reply_header, request_reader
 from symbiosis.protocols.messages import Answer, Call, Direction, Welcome
-from symbiosis.protocols.shm import RING, SharedMemory, create_file
+from symbiosis.protocols.shm import RING, Area, SharedMemory, create_file
 from symbiosis.protocols.shm_control import ControlChannel
 from symbiosis.protocols.status import Refusal, refusal_of
-from symbiosis.protocols.tensors import byte_count, tensor_from_bytes
 from symbiosis.protocols.transport import Handler, Ticket
 from symbiosis.server.answering import Peer, refuse, reply_to
 from symbiosis.server.bells import Bells
@@ -33,6 +33,16 @@ EXPIRED = Refusal(number=0, code="certificate", message="the certificate has exp
 
 INLINE_BYTES = 1 << 20
 """Longer payloads are looked at on another thread, so that a search for NaN does not keep other tenants waiting."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Line:
+    """What a welcome opens: the shared memory and the host's ends of the doorbells."""
+
+    memory: SharedMemory
+    read_request: HeaderReader[Request | Refusal]
+    own_bell: int
+    tenant_bell: int
 
 
 class ShmSession:
@@ -64,8 +74,7 @@ class ShmSession:
         self._workers = workers
         self._payload_bytes = payload_bytes
         self._lock = threading.Lock()
-        self._memory: SharedMemory | None = None
-        self._tenant_bell = self._own_bell = -1
+        self._line: _Line | None = None
         self._busy = False
         self._ended = False
         self._blob_ticket: Ticket | None = None
@@ -89,11 +98,11 @@ class ShmSession:
             if self._ended:
                 return
             self._ended = True
-            if self._memory is not None:
-                self._memory = None
-                self._bells.remove(self._own_bell)
-                os.close(self._own_bell)
-                os.close(self._tenant_bell)
+            line, self._line = self._line, None
+            if line is not None:
+                self._bells.remove(line.own_bell)
+                os.close(line.own_bell)
+                os.close(line.tenant_bell)
         self._channel.hang_up()
 
     # --- the control channel, on the session's own thread
@@ -111,7 +120,7 @@ class ShmSession:
         if self._peer.expired:
             self._channel.send(encode_reply(EXPIRED))
             return False  # rule 2
-        greeted = self._memory is not None
+        greeted = self._line is not None
         try:
             reply = reply_to(self._handler, self._peer.tenant, request, greeted=greeted, admit=self._admit_blob)
             if isinstance(reply, Welcome):
@@ -132,7 +141,7 @@ class ShmSession:
         """Send the welcome, and with the first one the memory and the doorbells."""
         payload_bytes = min(welcome.max_message_bytes, self._payload_bytes)
         encoded = encode_reply(dataclasses.replace(welcome, max_message_bytes=payload_bytes))
-        if self._memory is not None:
+        if self._line is not None:
             self._channel.send(encoded)
             return
         with contextlib.ExitStack() as tenants_own:
@@ -147,17 +156,20 @@ class ShmSession:
             self._channel.send(encoded, descriptors=(file, tenants_end, tenants_ear))
 
     def _open(self, memory: SharedMemory, own_bell: int, tenant_bell: int) -> None:
+        requests = memory.requests
+        read_request = request_reader(
+            expected_width=self._handler.expected_width,
+            max_message_bytes=requests.payload_bytes,
+            admit=self._admit_call,
+            rows_of=lambda _, dtype, shape: requests.rows(dtype, shape),
+        )
+        line = _Line(memory=memory, read_request=read_request, own_bell=own_bell, tenant_bell=tenant_bell)
         with self._lock:
             if self._ended:
                 os.close(own_bell)
                 os.close(tenant_bell)
                 return
-            self._read_request = request_reader(
-                expected_width=self._handler.expected_width,
-                max_message_bytes=memory.requests.payload_bytes,
-                admit=self._admit_call,
-            )
-            self._own_bell, self._tenant_bell, self._memory = own_bell, tenant_bell, memory
+            self._line = line
             self._bells.add(own_bell, self._answer_bell)
 
     # --- calls, on the thread of the bells
@@ -165,10 +177,10 @@ class ShmSession:
     def _answer_bell(self) -> None:
         try:
             with self._lock:
-                memory = self._memory
-                header = self._take_header(memory) if memory is not None else None
-            if header is not None and memory is not None:
-                self._take_call(header, memory)
+                line = self._line
+                header = self._take_header(line) if line is not None else None
+            if header is not None and line is not None:
+                self._take_call(header, line)
         except ProtocolError as error:
             _log.warning("tenant %s sent what cannot be read: %s", self._peer.tenant, error.code)
             self._send(reply_header(refusal_of(error, number=0)))
@@ -176,45 +188,44 @@ class ShmSession:
         except ConnectionError:
             self.end()
 
-    def _take_header(self, memory: SharedMemory) -> bytes | None:
+    def _take_header(self, line: _Line) -> bytes | None:
         """The header of the request that the bell announces; `None` if it did not ring."""
         try:
-            rung = os.read(self._own_bell, 64)
+            rung = os.read(line.own_bell, 64)
         except BlockingIOError:
             return None
         if not rung or self._busy:
-            raise ConnectionResetError  # hung up, or spoke before it was answered
-        header = memory.requests.take()
+            raise ConnectionResetError  # hung up, or spoke before it was answered (rule 6)
+        header = line.memory.requests.take()
         if rung != RING or header is None:
             raise FrameError("the bell rang for nothing", "Ring it once for every request")  # rule 6
         self._busy = True
         return header
 
-    def _take_call(self, header: bytes, memory: SharedMemory) -> None:
+    def _take_call(self, header: bytes, line: _Line) -> None:
         if self._peer.expired:
             self._send(reply_header(EXPIRED))
             self.end()  # rule 2
             return
-        pending = self._read_request(header)
-        call = pending.finish(memory.requests.payload(pending.byte_count))
+        pending = line.read_request(header)
+        call = pending.finish(line.memory.requests.payload(pending.byte_count))
         if isinstance(call, Refusal):
             self._send(reply_header(call))  # there was no room
             return
         if not isinstance(call, Call):
             raise ProtocolError("only calls go through the shared memory", "Send it over the control channel")
         if pending.byte_count > INLINE_BYTES:
-            self._workers.submit(self._submit, call, memory)
+            self._workers.submit(self._submit, call, line.memory.replies)
         else:
-            self._submit(call, memory)
+            self._submit(call, line.memory.replies)
 
     def _admit_call(self, *, byte_count: int, rows: int) -> None:
         self._call_ticket = self._handler.admit(self._peer.tenant, byte_count=byte_count, rows=rows)
 
-    def _submit(self, call: Call, memory: SharedMemory) -> None:
+    def _submit(self, call: Call, replies: Area) -> None:
         try:
             width = self._handler.expected_width(call.layers, call.direction.opposite)
-            shape, dtype = (call.rows.shape[0], width), call.rows.dtype
-            out = tensor_from_bytes(memory.replies.payload(byte_count(shape, dtype)), dtype=dtype, shape=shape)
+            out = replies.rows(call.rows.dtype, (call.rows.shape[0], width))
             self._handler.submit(self._peer.tenant, call, lambda reply: self._finish(reply, out), out=out)
         except Exception as error:
             self._send(reply_header(refuse(self._peer.tenant, error, number=call.number)))
@@ -231,13 +242,14 @@ class ShmSession:
         if ticket is not None:
             ticket.release()
         with self._lock:
-            if self._memory is None:
+            line = self._line
+            if line is None:
                 return  # ended meanwhile
-            self._memory.replies.put(header, payload)
+            line.memory.replies.put(header, payload)
             self._busy = False
             # A full pipe rings already; a closed one has nobody to hear it.
             with contextlib.suppress(OSError):
-                os.write(self._tenant_bell, RING)
+                os.write(line.tenant_bell, RING)
 
 
 def _pipe(undo: contextlib.ExitStack, tenants_own: contextlib.ExitStack, *, own: int) -> tuple[int, int]:

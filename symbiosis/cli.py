@@ -305,28 +305,35 @@ def host_serve(
     publish: Annotated[str, typer.Option(help="What tenants may fetch: nothing, half or all.")] = "half",
     dtype: Annotated[str, typer.Option(help="dtype of the hosted weights; auto keeps the file's.")] = "auto",
     weights: Annotated[str, typer.Option(help="How they are held: float, or int8 with a scale per row.")] = "float",
+    devices: Annotated[
+        str, typer.Option(help="Where they are held: cpu, or cuda:0,cuda:1 for ranges of layers of equal bytes.")
+    ] = "cpu",
+    workers: Annotated[int, typer.Option(help="Products that are computed at the same time.")] = 1,
     threads: Annotated[int, typer.Option(help="Threads of one product; 0 lets PyTorch choose.")] = 0,
     json_: Json = False,
 ) -> None:
     """Serve a base until interrupted."""
-    import torch  # noqa: PLC0415
-
     from symbiosis.protocols.authority import Authority  # noqa: PLC0415
     from symbiosis.protocols.manifest import Publish, Storage  # noqa: PLC0415
     from symbiosis.server.base import load_base  # noqa: PLC0415
+    from symbiosis.server.executor import ExecutorConfig  # noqa: PLC0415
     from symbiosis.server.host import Host  # noqa: PLC0415
+    from symbiosis.server.placement import usable_devices  # noqa: PLC0415
     from symbiosis.server.service import Service, ServiceConfig  # noqa: PLC0415
     from symbiosis.simulations.builtin import resolve_base  # noqa: PLC0415
 
-    if threads > 0:
-        torch.set_num_threads(threads)
-    config = ServiceConfig(address=listen)
+    executor = ExecutorConfig(workers=workers, threads=threads or None)
+    config, usable = ServiceConfig(address=listen), usable_devices(devices)
     names = name or sorted({config.host, "127.0.0.1", "localhost"} - {"0.0.0.0", "::"})  # noqa: S104
     credentials = Authority.load(state).issue_host(names)
     policy = _choice(Publish, publish, "publishing policy")
     storage = _choice(Storage, weights, "way to hold weights")
-    hosted = load_base(resolve_base(base), dtype=dtype, publish=policy, storage=storage)
-    with Host(hosted) as host, Service(host, credentials, config) as service, contextlib.suppress(KeyboardInterrupt):
+    hosted = load_base(resolve_base(base), dtype=dtype, publish=policy, storage=storage, devices=usable)
+    with (
+        Host(hosted, executor=executor) as host,
+        Service(host, credentials, config) as service,
+        contextlib.suppress(KeyboardInterrupt),
+    ):
         manifest = hosted.manifest
         _console.print(f"Serving {manifest.base}: {len(manifest.layers)} layers on {service.address} (Ctrl-C ends it)")
         if json_:
@@ -383,6 +390,7 @@ def _open_base(source: BaseSource, *, ledger: Path | None) -> Base:
             record=source.record,
             ledger=source.ledger,
             experts=source.experts,
+            wire_dtype=source.wire_dtype,
         )
     from symbiosis.simulations import local_base  # noqa: PLC0415
 
@@ -395,6 +403,7 @@ def _open_base(source: BaseSource, *, ledger: Path | None) -> Base:
         weights=source.weights,
         dtype=source.dtype,
         experts=source.experts,
+        wire_dtype=source.wire_dtype,
     )
 
 

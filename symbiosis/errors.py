@@ -21,6 +21,7 @@
     ├── LedgerError                the ledger cannot be written, or does not verify
     ├── TranscriptError            a recording cannot be written or read
     ├── HostUnavailableError       the host did not answer; the same call may be sent again
+    ├── OverloadedError            the host has as much of this tenant's work as it takes; later it takes more
     ├── HostFailureError           the host answered with a failure of its own
     ├── RemoteWeightError          an operation that a weight living elsewhere cannot take part in
     ├── SimulationError            a simulated run that did not complete
@@ -173,6 +174,22 @@ class HostUnavailableError(SymbiosisError):
     """The host did not answer. A call is a pure function: sending it again is safe."""
 
     code = "host-unavailable"
+
+
+class OverloadedError(SymbiosisError):
+    """The host has as much work under way as it takes. The same message may be sent again after a while.
+
+    Args:
+        message: as `SymbiosisError`.
+        next_action: as `SymbiosisError`.
+        retry_after_s: when there is probably room for it (seconds from now).
+    """
+
+    code = "overloaded"
+
+    def __init__(self, message: str, next_action: str = "", *, retry_after_s: float = 0.0) -> None:
+        super().__init__(message, next_action)
+        self.retry_after_s = retry_after_s
 
 
 class HostFailureError(SymbiosisError):

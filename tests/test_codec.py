@@ -21,6 +21,7 @@ import symbiosis.protocols
 from symbiosis.errors import DtypeError, FrameError, ProtocolError, ShapeError, UnknownLayerError, VersionError
 from symbiosis.protocols._generated import symbiosis_wire_pb2 as pb
 from symbiosis.protocols.codec import (
+    Admit,
     Assembler,
     Encoded,
     Reply,
@@ -94,11 +95,15 @@ MANIFEST = Manifest(
 )
 
 
-def host_side(limit: int = MAX_MESSAGE_BYTES) -> Assembler[Request]:
+def room_for_all(*, byte_count: int, rows: int) -> None:
+    pass
+
+
+def host_side(limit: int = MAX_MESSAGE_BYTES, admit: Admit = room_for_all) -> Assembler[Request | Refusal]:
     def width(layers: tuple[int, ...], direction: Direction) -> int:
         return MANIFEST.widths(layers, direction)[0]
 
-    return Assembler(request_reader(expected_width=width, max_message_bytes=limit))
+    return Assembler(request_reader(expected_width=width, max_message_bytes=limit, admit=admit))
 
 
 def tenant_side(limit: int = MAX_MESSAGE_BYTES) -> Assembler[Reply]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from symbiosis.clients.base import Base
 from symbiosis.clients.experts import Experts, experts_of
 from symbiosis.clients.gate import EgressGate
+from symbiosis.clients.retry import RetryConfig
 from symbiosis.clients.session import Session
 from symbiosis.errors import ConfigurationError, UnsupportedError
 from symbiosis.privacy.ledger import Ledger
@@ -17,6 +18,7 @@ from symbiosis.privacy.mechanism import Mechanism, resolve_mechanism
 from symbiosis.protocols.grpc_client import GrpcTransport
 from symbiosis.protocols.identity import tenant_of
 from symbiosis.protocols.identity_directory import load_credentials
+from symbiosis.protocols.messages import wire_dtype_of
 from symbiosis.protocols.transcript import TranscriptWriter
 
 DEFAULT_CACHE = Path("~/.cache/symbiosis")
@@ -34,6 +36,8 @@ def connect(
     cache: str | Path | None = DEFAULT_CACHE,
     reply_timeout_s: float = 120.0,
     experts: Experts | str = Experts.CALLED,
+    wire_dtype: str = "auto",
+    retry: RetryConfig | None = None,
 ) -> Base:
     """Connect to a host.
 
@@ -50,14 +54,18 @@ def connect(
         reply_timeout_s: how long to wait for an answer (seconds).
         experts: `"called"`, or `"alike"` to send as many rows to every expert of a mixture, so that the host does not
             see which ones are called (docs/custody.md).
+        wire_dtype: `"bfloat16"` or `"float16"` rounds wider rows before they leave, and so halves the bytes of float32
+            both ways; answers are rounded, too. `"auto"` sends rows as they are.
+        retry: how long to come back to a host that has no room.
 
     Raises:
         CertificateError: the identity cannot be used, or one side does not accept the other's certificate.
         HostUnavailableError: nobody answers at `address`.
+        OverloadedError: the tenant has as many sessions open as the host lets it.
         ConfigurationError: another argument cannot be used; the message says which.
         SymbiosisError: as the host says.
     """
-    mechanism, choice = resolve_mechanism(privacy), experts_of(experts)
+    mechanism, choice, dtype = resolve_mechanism(privacy), experts_of(experts), wire_dtype_of(wire_dtype)
     if helper is not None:
         raise UnsupportedError(f"the privacy mode {mechanism.name!r} uses no helper", "Leave `helper` out")
     _check_address(address)
@@ -71,7 +79,8 @@ def connect(
         undo.callback(book.close)
         transport = GrpcTransport(address, credentials, reply_timeout_s=reply_timeout_s)
         undo.callback(transport.close)
-        session = Session(transport, EgressGate(book, destination=address, transcript=transcript), mechanism)
+        gate = EgressGate(book, destination=address, transcript=transcript)
+        session = Session(transport, gate, mechanism, wire_dtype=dtype, retry=retry)
         opened = Base(
             session,
             book,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import safetensors.torch
 import torch
 
 from symbiosis.errors import ConfigurationError, PolicyError, UnknownBaseError
-from symbiosis.protocols.facts import Facts
+from symbiosis.protocols.facts import Facts, facts_byte_count
 from symbiosis.protocols.manifest import (
     Layer,
     Manifest,
@@ -24,11 +25,12 @@ from symbiosis.protocols.manifest import (
     Storage,
     require_published,
 )
-from symbiosis.protocols.messages import WIRE_DTYPES, dtype_name
-from symbiosis.protocols.tensors import byte_count, tensor_digest
+from symbiosis.protocols.messages import WIRE_DTYPES, BlobKind, dtype_name
+from symbiosis.protocols.tensors import byte_count, stored_dtype, tensor_digest
 from symbiosis.server.norms import facts_of
+from symbiosis.server.placement import Devices, place, usable_devices
 from symbiosis.server.selection import hosted_parameters
-from symbiosis.server.weight import Weight, quantised
+from symbiosis.server.weight import Weight, laid_out, quantised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,6 +71,31 @@ class HostedBase:
         """The weights of a group whose positions the manifest has accepted."""
         return tuple(self.weights[position] for position in positions)
 
+    def to(self, devices: Devices) -> HostedBase:
+        """The same base with its weights on `devices`, in contiguous ranges of blocks that are balanced by bytes.
+
+        Manifest, facts and published tensors stay as they are: numbers that move do not change. Until this base is let
+        go of, both copies of a weight that moves are held.
+
+        Args:
+            devices: as `usable_devices` takes them; none leaves every weight where it is.
+
+        Raises:
+            ConfigurationError: a device that this machine does not have.
+        """
+        usable = usable_devices(devices)
+        if not usable:
+            return self
+        names = [layer.name for layer in self.manifest.layers]
+        chosen = place(names, [weight.byte_count for weight in self.weights], devices=len(usable))
+        moved = (weight.to(usable[device]) for weight, device in zip(self.weights, chosen, strict=True))
+        return replace(self, weights=tuple(moved))
+
+    @cached_property
+    def manifest_blob(self) -> bytes:
+        """The manifest as tenants read it."""
+        return self.manifest.to_json()
+
     def tensor_blob(self, name: str) -> bytes:
         """A published tensor, or a hosted weight where the policy allows it, as safetensors with one entry, `tensor`.
 
@@ -86,6 +113,20 @@ class HostedBase:
             require_published(self.manifest, name)
             tensor = self.weights[self.manifest.position(name)].dense()
         return bytes(safetensors.torch.save({"tensor": tensor.detach().contiguous().cpu()}))
+
+    def blob_bytes(self, kind: BlobKind, name: str) -> int:
+        """Memory that a blob takes while it is under way (bytes), within a header of some hundred.
+
+        The manifest and files are handed out as they are held, which takes none; nor does what is not there.
+        """
+        if kind is BlobKind.TENSOR and name in self.tensors:
+            return self.tensors[name].nbytes
+        layer = next((layer for layer in self.manifest.layers if layer.name == name), None)
+        if kind in {BlobKind.MANIFEST, BlobKind.FILE} or layer is None:
+            return 0
+        if kind is BlobKind.FACTS:
+            return facts_byte_count(layer)
+        return byte_count(layer.shape, stored_dtype(layer.dtype))
 
     def facts_blob(self, name: str) -> bytes:
         """Norms and scales of a hosted weight; no policy withholds them.
@@ -114,8 +155,10 @@ def host_model(
     files: Mapping[str, bytes] | None = None,
     publish: Publish = Publish.HALF,
     storage: Storage = Storage.FLOAT,
+    own: bool = False,
+    devices: Devices = (),
 ) -> HostedBase:
-    """Host a model that is in memory. The model is not changed; its weights are shared, unless they are rounded.
+    """Host a model that is in memory. It is not changed; its weights are shared, unless they are rounded or moved.
 
     Args:
         model: a `transformers` model without trainable parameters.
@@ -123,10 +166,14 @@ def host_model(
         files: files to publish; the configuration is taken from the model where it is missing.
         publish: what tenants may fetch.
         storage: in what the weights are held.
+        own: the model is the host's alone, whose weights may be laid out anew, siblings side by side.
+        devices: where they are held, as `HostedBase.to` takes them; by default where the model is.
 
     Raises:
-        ConfigurationError: a parameter is trainable, a weight is not finite, or there is no layer to host.
+        ConfigurationError: a parameter is trainable, a weight is not finite, there is no layer to host, or a device is
+            not here.
     """
+    usable = usable_devices(devices)
     refuse_trainable(model.named_parameters())
     hosted = list(hosted_parameters(model))
     if not hosted:
@@ -136,7 +183,7 @@ def host_model(
     facts = [facts_of(entry[0], weight) for entry, weight in zip(hosted, weights, strict=True)]
     tensors = _half(model, remote)
     published = dict(_model_files(model) | dict(files or {}))
-    return HostedBase(
+    base = HostedBase(
         manifest=Manifest(
             base=name,
             architecture=type(model).__name__,
@@ -153,6 +200,13 @@ def host_model(
         tensors=tensors,
         files=published,
     )
+    # Last: norms and digests are computed where the numbers came from, and do not depend on who holds them.
+    placed = base.to(usable)
+    if not own:
+        return placed
+    names, parameters = [entry[0] for entry in hosted], [entry[1] for entry in hosted]
+    laid = laid_out(names, placed.weights, moved=lambda position, weight: _let_go(parameters[position], weight))
+    return replace(placed, weights=tuple(laid))
 
 
 def refuse_trainable(parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -175,6 +229,7 @@ def load_base(
     dtype: str = "auto",
     publish: Publish = Publish.HALF,
     storage: Storage = Storage.FLOAT,
+    devices: Devices = (),
     revision: str | None = None,
 ) -> HostedBase:
     """Load a base from a local directory or a hub id, shard by shard from safetensors.
@@ -184,12 +239,14 @@ def load_base(
         dtype: dtype of the hosted weights; `auto` keeps the file's.
         publish: what tenants may fetch.
         storage: in what the weights are held.
+        devices: where they are held, as `HostedBase.to` takes them; by default in the machine's own memory.
         revision: branch, tag or commit of a hub id.
 
     Raises:
         UnknownBaseError: there is no such base, or it has no safetensors.
-        ConfigurationError: it has no layer to host, or there is no such dtype.
+        ConfigurationError: it has no layer to host, there is no such dtype, or a device is not here.
     """
+    usable = usable_devices(devices)
     import transformers  # noqa: PLC0415 - slow, and only a host that loads needs it
 
     if dtype not in ("auto", *map(dtype_name, WIRE_DTYPES)):
@@ -210,9 +267,8 @@ def load_base(
     model.requires_grad_(False)
     files = {name: (folder / name).read_bytes() for name in PUBLISHED_FILES if (folder / name).is_file()}
     files["config.json"] = _model_files(model)["config.json"]
-    return host_model(
-        model, name=folder.name if Path(path).is_dir() else path, files=files, publish=publish, storage=storage
-    )
+    name = folder.name if Path(path).is_dir() else path
+    return host_model(model, name=name, files=files, publish=publish, storage=storage, devices=usable, own=True)
 
 
 def _folder(path: str, revision: str | None) -> Path:
@@ -260,6 +316,11 @@ def _weight(parameter: torch.Tensor, orientation: Orientation, storage: Storage)
     if storage is Storage.INT8:
         return quantised(parameter, orientation)
     return Weight(stored=parameter.detach(), orientation=orientation, dtype=parameter.dtype)
+
+
+def _let_go(parameter: torch.nn.Parameter, weight: Weight) -> None:
+    """Let a parameter whose weight was laid out elsewhere share it, so that its old memory is free."""
+    parameter.data = weight.stored if weight.scale is None else parameter.new_empty(0)
 
 
 def _layer(name: str, weight: Weight, facts: Facts) -> Layer:

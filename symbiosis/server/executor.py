@@ -1,88 +1,176 @@
 """The executor: takes calls from many streams, computes those of one group together, and hands each its answer.
 
-Shape legend: T rows of one call, N rows of a batch.
+Which calls are computed next is `batching.decide`'s to say; here are the queue, the workers and the clock.
+
+Shape legend: T rows of one call, N rows of a batch, I width of the rows, O width of the answers.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
-from collections import deque
-from concurrent.futures import Future
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 
 import torch
 
-from symbiosis.errors import HostUnavailableError
-from symbiosis.protocols.messages import Call, Segment
-from symbiosis.server.batching import BatchConfig, BatchKey, choose_batch
-from symbiosis.server.linear import multiply
+from symbiosis.errors import ConfigurationError, HostUnavailableError
+from symbiosis.protocols.messages import Call, Segment, cut_segments
+from symbiosis.server.batching import BatchConfig, BatchKey, Take, Waiting, decide
+from symbiosis.server.fairness import FairnessConfig, Service
+from symbiosis.server.linear import answer_width, multiply
+from symbiosis.server.pace import Pace
+from symbiosis.server.rate import Rate
 from symbiosis.server.weight import Weight
 
 _log = logging.getLogger(__name__)
 
+Answered = Callable[["torch.Tensor | Exception"], None]
+"""Told the answer, or why there is none; called once, by a worker."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Waiting:
+class ExecutorConfig:
+    """How many compute, and by what rules."""
+
+    workers: int = 1
+    """Batches that are computed at once."""
+    threads: int | None = None
+    """Threads of one product; `None` leaves PyTorch's own number (products of few rows take all cores)."""
+    batching: BatchConfig = field(default_factory=BatchConfig)
+    fairness: FairnessConfig = field(default_factory=FairnessConfig)
+
+    def __post_init__(self) -> None:
+        if self.workers < 1 or (self.threads is not None and self.threads < 1):
+            raise ConfigurationError("an executor needs at least one worker of one thread", "Raise the number")
+
+    @property
+    def threads_per_product(self) -> int:
+        """Among how many threads a product of few rows is divided."""
+        return self.threads or max(1, (os.cpu_count() or 1) // self.workers)
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class _Job:
+    """A call, and how far it is."""
+
+    tenant: str
     key: BatchKey
     rows: torch.Tensor
     segments: tuple[Segment, ...]
     weights: tuple[Weight, ...]
-    done: Future[torch.Tensor] = field(default_factory=Future)
+    macs_per_row: int
+    out: torch.Tensor | None
+    answered: Answered
+    arrived_s: float
+    taken: int = 0
+    """Rows that a batch has taken; the first of them may be computed still."""
+    computed: int = 0
+    ended: bool = False
+    """Whether its answer, or its failure, was told."""
+
+    def as_waiting(self) -> Waiting:
+        total = self.rows.shape[0]
+        return Waiting(
+            tenant=self.tenant,
+            key=self.key,
+            rows=total - self.taken,
+            total_rows=total,
+            macs_per_row=self.macs_per_row,
+            arrived_s=self.arrived_s,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Part:
+    """Rows of a job that are computed in one batch."""
+
+    job: _Job
+    start: int
+    rows: int
 
 
 class Executor:
-    """One worker that evaluates frozen layers for everybody. Started by `start`, ended by `close`; a context manager.
+    """Workers that evaluate frozen layers for everybody. Started by `start`, ended by `close`; a context manager.
 
     Args:
-        config: bounds of a batch.
+        config: workers, and the bounds of a batch.
+        clock: seconds, monotonic.
     """
 
-    def __init__(self, config: BatchConfig | None = None) -> None:
-        self._config = config or BatchConfig()
-        self._waiting: deque[_Waiting] = deque()
+    def __init__(self, config: ExecutorConfig | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._config = config or ExecutorConfig()
+        self._clock = clock
+        self._waiting: list[_Job] = []
+        self._service = Service(self._config.fairness)
+        self._pace = Pace()
+        self._rate = Rate(floor_rows=self._config.batching.floor_rows)
         self._wake = threading.Condition()
         self._closed = False
-        self._worker: threading.Thread | None = None
+        self._workers: list[threading.Thread] = []
         self.batches = 0
         self.calls = 0
+        """Calls, counted once for every batch that took some of their rows."""
 
     def start(self) -> Executor:
-        """Start the worker thread."""
-        self._worker = threading.Thread(target=self._run, name="symbiosis-executor", daemon=True)
-        self._worker.start()
+        """Start the workers."""
+        for number in range(self._config.workers):
+            worker = threading.Thread(target=self._run, name=f"symbiosis-executor-{number}", daemon=True)
+            self._workers.append(worker)
+            worker.start()
         return self
 
-    def submit(self, request: Call, weights: tuple[Weight, ...]) -> Future[torch.Tensor]:
+    def submit(
+        self,
+        tenant: str,
+        call: Call,
+        weights: tuple[Weight, ...],
+        answered: Answered,
+        *,
+        out: torch.Tensor | None = None,
+    ) -> None:
         """Queue a call.
 
         Args:
-            request: a checked call; its rows are not written to.
+            tenant: whose it is.
+            call: a checked call; its rows are not written to.
             weights: the group's layers.
-
-        Returns:
-            The future answer, in the dtype of `rows`.
+            answered: told the answer, in the dtype of the rows, from a worker's thread; quick, and raises nothing.
+            out: where the answer is written, if it has a place already.
 
         Raises:
             HostUnavailableError: the executor is closed.
         """
-        key = BatchKey(layers=request.layers, direction=request.direction, dtype=request.rows.dtype)
-        call = _Waiting(key=key, rows=request.rows, segments=request.segments, weights=weights)
+        key = BatchKey(layers=call.layers, direction=call.direction, dtype=call.rows.dtype)
+        job = _Job(
+            tenant=tenant,
+            key=key,
+            rows=call.rows,
+            segments=call.segments,
+            weights=weights,
+            macs_per_row=sum(weight.parameters_per_row for weight in weights),
+            out=out,
+            answered=answered,
+            arrived_s=self._clock(),
+        )
         with self._wake:
             if self._closed:
                 raise HostUnavailableError("the host is shutting down", "Connect again in a moment")
-            self._waiting.append(call)
+            self._pace.arrived(tenant, key, call.rows.shape[0], now_s=job.arrived_s)
+            self._service.arrive(tenant, now_s=job.arrived_s)
+            self._waiting.append(job)
             self._wake.notify()
-        return call.done
 
     def close(self) -> None:
-        """Answer what is queued, then end the worker."""
+        """Answer what is queued, then end the workers."""
         with self._wake:
             self._closed = True
-            self._wake.notify()
-        if self._worker is not None:
-            self._worker.join()
+            self._wake.notify_all()
+        for worker in self._workers:
+            worker.join()
 
     def __enter__(self) -> Executor:
         return self.start()
@@ -91,38 +179,99 @@ class Executor:
         self.close()
 
     def _run(self) -> None:
-        while batch := self._take():
-            self.batches += 1
-            self.calls += len(batch)
+        if self._config.threads is not None:
+            # OpenMP keeps the number per thread, so that a tenant in the same process keeps its own.
+            torch.set_num_threads(self._config.threads)
+        while parts := self._take():
+            started_s = self._clock()
             try:
-                _answer(batch)
+                _compute(parts, self._config.threads_per_product)
+                failure = None
             except Exception as error:
-                _log.exception("a batch of %d calls failed", len(batch))
-                for call in batch:
-                    call.done.set_exception(error)
+                _log.exception("a batch of %d calls failed", len(parts))
+                failure = error
+            self._finish(parts, failure, started_s)
 
-    def _take(self) -> list[_Waiting]:
+    def _take(self) -> list[_Part]:
+        """The next batch; waits for one, and is empty at the end."""
         with self._wake:
-            while not self._waiting and not self._closed:
-                self._wake.wait()
-            if not self._waiting:
-                return []
-            chosen = choose_batch([(call.key, call.rows.shape[0]) for call in self._waiting], self._config)
-            batch = [self._waiting[position] for position in chosen]
-            for position in reversed(chosen):
-                del self._waiting[position]
-            return batch
+            while True:
+                timeout_s = None
+                if self._waiting:
+                    now_s = self._clock()
+                    decision = decide(
+                        [job.as_waiting() for job in self._waiting],
+                        served=self._service.macs,
+                        expected=[] if self._closed else self._pace.expected(now_s),
+                        macs_per_s=self._rate.macs_per_s,
+                        now_s=now_s,
+                        config=self._config.batching,
+                    )
+                    if decision.batch:
+                        return self._begin(decision.batch)
+                    timeout_s = None if decision.again_s is None else max(0.0, decision.again_s - now_s)
+                elif self._closed:
+                    return []
+                self._wake.wait(timeout_s)
+
+    def _begin(self, batch: Sequence[Take]) -> list[_Part]:
+        parts = []
+        for take in batch:
+            job = self._waiting[take.position]
+            if job.out is None:
+                job.out = job.rows.new_empty((job.rows.shape[0], answer_width(job.weights, job.key.direction)))
+            parts.append(_Part(job=job, start=job.taken, rows=take.rows))
+            job.taken += take.rows
+            self._service.serve(job.tenant, take.rows * job.macs_per_row)
+        self._waiting = [job for job in self._waiting if job.taken < job.rows.shape[0]]
+        if self._waiting:
+            self._wake.notify()  # another worker may find a batch, too
+        return parts
+
+    def _finish(self, parts: list[_Part], failure: Exception | None, started_s: float) -> None:
+        now_s = self._clock()
+        done: list[_Job] = []
+        with self._wake:
+            self.batches += 1
+            self.calls += len(parts)
+            if failure is None:
+                rows = sum(part.rows for part in parts)
+                self._rate.measured(rows=rows, macs_per_row=parts[0].job.macs_per_row, seconds=now_s - started_s)
+            for job in {id(part.job): part.job for part in parts}.values():
+                job.computed += sum(part.rows for part in parts if part.job is job)
+                if job.ended or (failure is None and job.computed < job.rows.shape[0]):
+                    continue
+                if job in self._waiting:  # the rest of a call that failed would be of no use
+                    self._waiting.remove(job)
+                job.ended = True
+                done.append(job)
+                self._service.leave(job.tenant, now_s=now_s)
+                self._pace.answered(job.tenant, job.key, job.rows.shape[0], now_s=now_s)
+        for job in done:
+            job.answered(failure or _place(job))
 
 
 @torch.no_grad()
-def _answer(batch: list[_Waiting]) -> None:
-    key, weights = batch[0].key, batch[0].weights
-    if len(batch) == 1:
-        batch[0].done.set_result(multiply(batch[0].rows, weights, key.direction, batch[0].segments))
+def _compute(parts: list[_Part], threads: int) -> None:
+    """Write the answers to the parts' rows into the places of their calls."""
+    key, weights = parts[0].job.key, parts[0].job.weights
+    outs = [_place(part.job)[part.start : part.start + part.rows] for part in parts]
+    rows = [part.job.rows[part.start : part.start + part.rows] for part in parts]
+    segments = [
+        segment for part in parts for segment in cut_segments(part.job.segments, part.start, part.start + part.rows)
+    ]
+    if len(parts) == 1:
+        multiply(rows[0], weights, key.direction, segments, out=outs[0], threads=threads)
         return
-    rows_N = torch.cat([call.rows for call in batch])
-    segments = [segment for call in batch for segment in call.segments]
-    answers = multiply(rows_N, weights, key.direction, segments).split([call.rows.shape[0] for call in batch])
-    for call, answer_T in zip(batch, answers, strict=True):
-        # A copy of its own: no tenant's answer shares memory with another's.
-        call.done.set_result(answer_T.clone())
+    # Tenants' rows may be on different devices, the group's weights are (nearly always) on one.
+    rows_N = torch.cat([part_TI.to(weights[0].device) for part_TI in rows])
+    answer_NO = multiply(rows_N, weights, key.direction, segments, threads=threads)
+    for out_TO, answer_TO in zip(outs, answer_NO.split([part.rows for part in parts]), strict=True):
+        out_TO.copy_(answer_TO)  # a copy of its own: no tenant's answer shares memory with another's
+
+
+def _place(job: _Job) -> torch.Tensor:
+    """Where the answer of a call goes, which it has from its first batch on."""
+    if job.out is None:
+        raise HostUnavailableError("a call has no place for its answer")
+    return job.out

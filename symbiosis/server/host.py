@@ -5,16 +5,21 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
 from types import TracebackType
 
+import torch
+
 from symbiosis import __version__
-from symbiosis.errors import VersionError
+from symbiosis.errors import SymbiosisError, VersionError
 from symbiosis.protocols.codec import Reply, Request
-from symbiosis.protocols.limits import MAX_MESSAGE_BYTES, PROTOCOL_VERSION
+from symbiosis.protocols.limits import PROTOCOL_VERSION
 from symbiosis.protocols.messages import Answer, Blob, BlobKind, Call, Direction, Fetch, Hello, Welcome, check_rows
+from symbiosis.protocols.status import Refusal, refusal_of
+from symbiosis.server.admission import Admission, AdmissionConfig, Ticket
 from symbiosis.server.base import HostedBase
-from symbiosis.server.batching import BatchConfig
-from symbiosis.server.executor import Executor
+from symbiosis.server.executor import Executor, ExecutorConfig
 
 _log = logging.getLogger(__name__)
 
@@ -24,12 +29,16 @@ class Host:
 
     Args:
         base: what to serve.
-        batching: bounds of the executor's batches.
+        executor: how many compute, and by what rules.
+        admission: what tenants may have under way.
     """
 
-    def __init__(self, base: HostedBase, *, batching: BatchConfig | None = None) -> None:
+    def __init__(
+        self, base: HostedBase, *, executor: ExecutorConfig | None = None, admission: AdmissionConfig | None = None
+    ) -> None:
         self.base = base
-        self._executor = Executor(batching).start()
+        self._admission = Admission(admission)
+        self._executor = Executor(executor).start()
         self._rows: Counter[str] = Counter()
         self._lock = threading.Lock()
 
@@ -39,13 +48,58 @@ class Host:
             case Hello():
                 return self._welcome(tenant, request)
             case Call():
-                return self._answer(tenant, request)
+                reply: Future[Answer | Refusal] = Future()
+                self.submit(tenant, request, reply.set_result)
+                return reply.result()
             case Fetch():
                 return Blob(number=request.number, data=self._blob(request))
+
+    def submit(
+        self,
+        tenant: str,
+        call: Call,
+        done: Callable[[Answer | Refusal], None],
+        *,
+        out: torch.Tensor | None = None,
+    ) -> None:
+        """See `protocols.transport.Handler`."""
+
+        def answered(answer: torch.Tensor | Exception) -> None:
+            if isinstance(answer, Exception):
+                done(refusal_of(answer, number=call.number))
+                return
+            with self._lock:
+                self._rows[tenant] += call.rows.shape[0]
+            done(Answer(number=call.number, rows=answer))
+
+        try:
+            width, _ = self.base.manifest.widths(call.layers, call.direction)
+            check_rows(call.rows, width=width)
+            self.base.manifest.check_segments(call.layers, call.segments, rows=call.rows.shape[0])
+            self._executor.submit(tenant, call, self.base.group(call.layers), answered, out=out)
+        except SymbiosisError as error:
+            done(refusal_of(error, number=call.number))
 
     def expected_width(self, layers: tuple[int, ...], direction: Direction) -> int:
         """See `protocols.transport.Handler`."""
         return self.base.manifest.widths(layers, direction)[0]
+
+    def blob_bytes(self, fetch: Fetch) -> int:
+        """See `protocols.transport.Handler`."""
+        return self.base.blob_bytes(fetch.kind, fetch.name)
+
+    def open_session(self, tenant: str) -> Ticket:
+        """See `protocols.transport.Handler`."""
+        return self._admission.open_session(tenant)
+
+    def admit(self, tenant: str, *, byte_count: int, rows: int) -> Ticket:
+        """See `protocols.transport.Handler`."""
+        return self._admission.reserve(tenant, byte_count=byte_count, rows=rows)
+
+    @property
+    def in_flight_bytes(self) -> int:
+        """Payloads and answers of all tenants that are under way now (bytes)."""
+        return self._admission.total_bytes
 
     @property
     def rows_by_tenant(self) -> dict[str, int]:
@@ -81,22 +135,12 @@ class Host:
             release=__version__,
             tenant=tenant,
             manifest_digest=self.base.manifest.digest,
-            max_message_bytes=MAX_MESSAGE_BYTES,
+            max_message_bytes=self._admission.max_message_bytes,
         )
-
-    def _answer(self, tenant: str, call: Call) -> Answer:
-        width, _ = self.base.manifest.widths(call.layers, call.direction)
-        check_rows(call.rows, width=width)
-        self.base.manifest.check_segments(call.layers, call.segments, rows=call.rows.shape[0])
-        weights = self.base.group(call.layers)
-        rows = self._executor.submit(call, weights).result()
-        with self._lock:
-            self._rows[tenant] += call.rows.shape[0]
-        return Answer(number=call.number, rows=rows)
 
     def _blob(self, fetch: Fetch) -> bytes:
         if fetch.kind is BlobKind.MANIFEST:
-            return self.base.manifest.to_json()
+            return self.base.manifest_blob
         if fetch.kind is BlobKind.FILE:
             return self.base.file_blob(fetch.name)
         if fetch.kind is BlobKind.FACTS:

@@ -9,11 +9,14 @@ A stream is served by these rules, numbered where they are enforced:
 4. A refused message is answered with a `Refusal` and the stream goes on; a stream whose chunks cannot be put together
    (`FrameError` and its like, which leave no way to find the next message) is ended after the refusal.
 5. No error text of the host's own accidents reaches a tenant.
+6. A stream that stands still in the middle of a message, because the tenant sends no more or takes no more, is ended.
+   One tenant has so many sessions and not more, and what it has under way is bounded (`admission`).
+
+Rules 3 to 5 are enforced in `stream`.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,16 +25,14 @@ from types import TracebackType
 
 import grpc
 
-from symbiosis.errors import CertificateError, ConfigurationError, ProtocolError, SymbiosisError
-from symbiosis.protocols.codec import Assembler, Reply, Request, encode_reply, request_reader
+from symbiosis.errors import CertificateError, ConfigurationError, OverloadedError
+from symbiosis.protocols.codec import encode_reply
 from symbiosis.protocols.grpc_client import CHANNEL_OPTIONS
 from symbiosis.protocols.identity import Credentials, expiry_of, tenant_of
-from symbiosis.protocols.limits import MAX_MESSAGE_BYTES
-from symbiosis.protocols.messages import Call, Fetch, Hello, Welcome
 from symbiosis.protocols.status import refusal_of
 from symbiosis.protocols.transport import Handler
-
-_log = logging.getLogger(__name__)
+from symbiosis.server.stalls import Stalls
+from symbiosis.server.stream import Stream
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +43,9 @@ class ServiceConfig:
     """`host:port`; port 0 lets the system choose one."""
     max_streams: int = 128
     """Sessions open at once; one more is refused with a typed status. A waiting stream costs a thread, no work."""
+    stall_s: float = 30.0
+    """How long a tenant may take to send the next chunk of a message, or to take the next one of an answer (seconds).
+    Between messages it may take as long as it likes."""
 
     def __post_init__(self) -> None:
         _, _, port = self.address.rpartition(":")
@@ -51,6 +55,8 @@ class ServiceConfig:
             raise ConfigurationError(message, "Write it as host:port, for example 127.0.0.1:8443")
         if self.max_streams < 1:
             raise ConfigurationError("a host needs at least one stream", "Raise max_streams")
+        if not self.stall_s > 0:
+            raise ConfigurationError("a tenant needs time to send a chunk", "Set stall_s above 0")
 
     @property
     def host(self) -> str:
@@ -84,6 +90,7 @@ class Service:
             (grpc.method_handlers_generic_handler("symbiosis.v1.Host", {"Exchange": method}),)
         )
         self.address = self._listen(config.address, credentials)
+        self._stalls = Stalls(config.stall_s)
         self._server.start()
 
     def wait(self) -> None:
@@ -93,6 +100,7 @@ class Service:
     def close(self, *, grace_s: float = 1.0) -> None:
         """Take no new streams, let open ones finish for `grace_s` seconds, then end them."""
         self._server.stop(grace_s).wait()
+        self._stalls.close()
 
     def __enter__(self) -> Service:
         return self
@@ -117,36 +125,22 @@ class Service:
             peer = _authenticate(context)
         except CertificateError as error:
             context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
-        reader = request_reader(expected_width=self._handler.expected_width, max_message_bytes=MAX_MESSAGE_BYTES)
-        assembler: Assembler[Request] = Assembler(reader)
-        greeted = False
-        for chunk in chunks:
-            try:
-                request = assembler.feed(chunk)
-            except ProtocolError as error:
-                _log.warning("tenant %s sent a chunk that cannot be read: %s", peer.tenant, error.code)
-                yield from encode_reply(refusal_of(error, number=0)).chunks()
-                return  # rule 4
-            if request is None:
-                continue
-            if peer.expires <= datetime.now(UTC):
-                context.abort(grpc.StatusCode.UNAUTHENTICATED, "the certificate has expired")  # rule 2
-            reply = self._reply(peer.tenant, request, greeted=greeted)
-            greeted = greeted or isinstance(reply, Welcome)
-            yield from encode_reply(reply).chunks()
-
-    def _reply(self, tenant: str, request: Request, *, greeted: bool) -> Reply:
-        number = request.number if isinstance(request, Call | Fetch) else 0
         try:
-            if not greeted and not isinstance(request, Hello):
-                raise ProtocolError("a stream begins with a hello", "Send it first")  # rule 3
-            return self._handler.handle(tenant, request)
-        except SymbiosisError as error:
-            _log.warning("refused a message of tenant %s: %s", tenant, error.code)
-            return refusal_of(error, number=number)
-        except Exception as error:
-            _log.exception("failed to answer a message of tenant %s", tenant)
-            return refusal_of(error, number=number)  # rule 5
+            place = self._handler.open_session(peer.tenant)
+        except OverloadedError as error:
+            yield from encode_reply(refusal_of(error, number=0)).chunks()
+            return  # rule 6
+        with (
+            place,
+            self._stalls.watch(context.cancel) as stopwatch,
+            Stream(self._handler, peer.tenant, stopwatch) as stream,
+        ):
+            for chunk in chunks:
+                if peer.expires <= datetime.now(UTC):
+                    context.abort(grpc.StatusCode.UNAUTHENTICATED, "the certificate has expired")  # rule 2
+                yield from stream.feed(chunk)
+                if stream.ended:
+                    return  # rule 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

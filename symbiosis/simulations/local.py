@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from symbiosis.clients.base import Base
 from symbiosis.clients.connection import connect
@@ -21,9 +21,12 @@ from symbiosis.protocols.authority import Authority
 from symbiosis.protocols.identity_directory import create_request, install_certificate
 from symbiosis.protocols.inprocess import InProcessTransport
 from symbiosis.protocols.manifest import Publish, Storage
+from symbiosis.protocols.messages import wire_dtype_of
 from symbiosis.protocols.transcript import TranscriptWriter
+from symbiosis.server.admission import AdmissionConfig
 from symbiosis.server.base import HostedBase, host_model, load_base
 from symbiosis.server.host import Host
+from symbiosis.server.placement import Devices, usable_devices
 from symbiosis.simulations.builtin import resolve_base
 
 if TYPE_CHECKING:
@@ -31,6 +34,11 @@ if TYPE_CHECKING:
 
 LOCAL_TENANT = "local"
 """Name of the tenant that `local_base` makes."""
+_ALL = AdmissionConfig()
+_ONE_TENANT = AdmissionConfig(
+    max_tenant_bytes=_ALL.max_total_bytes, max_tenant_rows=8 * _ALL.max_tenant_rows, max_tenant_sessions=128
+)
+"""Whoever uses a local base is that one tenant, from however many processes: it may have what a host gives to all."""
 
 
 def local_base(
@@ -43,7 +51,9 @@ def local_base(
     publish: Publish | str = Publish.HALF,
     weights: Storage | str = Storage.FLOAT,
     dtype: str = "auto",
+    devices: Devices = (),
     experts: Experts | str = Experts.CALLED,
+    wire_dtype: str = "auto",
 ) -> Base:
     """Host a base here and connect to it.
 
@@ -58,17 +68,21 @@ def local_base(
         publish: what the host publishes; `"all"` lets operations that need a hosted weight's numbers download it.
         weights: `"float"`, or `"int8"` to hold them rounded to eight bits, one scale per output row.
         dtype: dtype of a base that is loaded; `auto` keeps the file's.
+        devices: where the host holds the weights: `"cuda:0"`, or `("cuda:0", "cuda:1")` for ranges of layers; by
+            default where the model is. In process, rows of a model on a device stay there.
         experts: as `connect`.
+        wire_dtype: as `connect`.
 
     Raises:
         ConfigurationError: the base cannot be hosted, or an argument cannot be used.
     """
     if transport not in {"inprocess", "grpc"}:
         raise UnsupportedError(f"there is no transport {transport!r} in this version", "Use 'inprocess' or 'grpc'")
-    mechanism, choice = resolve_mechanism(privacy), experts_of(experts)
+    mechanism, choice, usable = resolve_mechanism(privacy), experts_of(experts), usable_devices(devices)
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="symbiosis-local-")))
-        host = stack.enter_context(Host(_hosted(model_or_path, Publish(publish), Storage(weights), dtype)))
+        hosted = _hosted(model_or_path, dtype, publish=Publish(publish), storage=Storage(weights), devices=usable)
+        host = stack.enter_context(Host(hosted, admission=_ONE_TENANT))
         ledger_path = Path(ledger) if ledger is not None else scratch / "ledger.jsonl"
         if transport == "grpc":
             address = _serve(host, scratch, stack)
@@ -80,24 +94,26 @@ def local_base(
                 ledger=ledger_path,
                 cache=None,
                 experts=choice,
+                wire_dtype=wire_dtype,
             )
         else:
             transcript = TranscriptWriter(record) if record is not None else None
             book = Ledger.open(ledger_path, tenant=LOCAL_TENANT)
             stack.callback(book.close)
             gate = EgressGate(book, destination="inprocess", transcript=transcript)
-            session = Session(InProcessTransport(host, tenant=LOCAL_TENANT), gate, mechanism)
+            wire = InProcessTransport(host, tenant=LOCAL_TENANT)
+            session = Session(wire, gate, mechanism, wire_dtype=wire_dtype_of(wire_dtype))
             base = Base(session, book, experts=choice)
         return base.own(stack.pop_all().close)
 
 
-def _hosted(model_or_path: PreTrainedModel | str | Path, publish: Publish, storage: Storage, dtype: str) -> HostedBase:
+def _hosted(model_or_path: PreTrainedModel | str | Path, dtype: str, **options: Any) -> HostedBase:
     if isinstance(model_or_path, str | Path):
-        return load_base(resolve_base(str(model_or_path)), dtype=dtype, publish=publish, storage=storage)
+        return load_base(resolve_base(str(model_or_path)), dtype=dtype, **options)
     if dtype != "auto":
         raise ConfigurationError("`dtype` goes with a base that is loaded", "Cast the model with `model.to(dtype)`")
     with _frozen(model_or_path):
-        return host_model(model_or_path, name=type(model_or_path).__name__, publish=publish, storage=storage)
+        return host_model(model_or_path, name=type(model_or_path).__name__, **options)
 
 
 @contextlib.contextmanager

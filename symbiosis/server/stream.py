@@ -1,0 +1,106 @@
+"""One tenant's stream at the host: puts messages together, answers them one by one, and holds no more than is admitted.
+
+Rules 3 to 5 of `service` are enforced here, and the order that `admission` asks for: room before the buffer, given
+back when nothing of the message or its answer is left in this process.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from types import TracebackType
+
+from symbiosis.errors import OverloadedError, ProtocolError, SymbiosisError
+from symbiosis.protocols.codec import Assembler, Reply, Request, encode_reply, request_reader
+from symbiosis.protocols.limits import MAX_MESSAGE_BYTES
+from symbiosis.protocols.messages import Call, Fetch, Hello, Welcome
+from symbiosis.protocols.status import Refusal, refusal_of
+from symbiosis.protocols.transport import Handler, Ticket
+from symbiosis.server.stalls import Stopwatch
+
+_log = logging.getLogger(__name__)
+
+
+class Stream:
+    """A stream of one tenant, strictly one message and one reply. A context manager that gives back what it holds.
+
+    Args:
+        handler: the host.
+        tenant: who is at the other end, as its certificate says.
+        stopwatch: runs while the tenant has to move.
+    """
+
+    def __init__(self, handler: Handler, tenant: str, stopwatch: Stopwatch) -> None:
+        self._handler = handler
+        self._tenant = tenant
+        self._stopwatch = stopwatch
+        self._ticket: Ticket | None = None
+        self._greeted = False
+        self._assembler: Assembler[Request | Refusal] = Assembler(
+            request_reader(
+                expected_width=handler.expected_width, max_message_bytes=MAX_MESSAGE_BYTES, admit=self._admit
+            )
+        )
+        self.ended = False
+        """Whether the stream cannot go on after the chunks that the last `feed` gave."""
+
+    def feed(self, chunk: bytes) -> Iterator[bytes]:
+        """Take a chunk from the tenant and, if it completes a message, give the chunks of its reply."""
+        self._stopwatch.stop()
+        reply = self._take(chunk)
+        if reply is None:
+            self._stopwatch.start()
+            return
+        try:
+            for part in encode_reply(reply).chunks():
+                self._stopwatch.start()
+                yield part
+                self._stopwatch.stop()
+        finally:
+            # The answer goes first: what the ticket stands for must be gone when somebody else is let in.
+            del reply
+            self._release()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+        self._release()
+
+    def _take(self, chunk: bytes) -> Reply | None:
+        try:
+            message = self._assembler.feed(chunk)
+        except ProtocolError as error:
+            _log.warning("tenant %s sent a chunk that cannot be read: %s", self._tenant, error.code)
+            self.ended = True  # rule 4
+            return refusal_of(error, number=0)
+        if message is None or isinstance(message, Refusal):
+            return message
+        return self._reply(message)
+
+    def _reply(self, request: Request) -> Reply:
+        number = request.number if isinstance(request, Call | Fetch) else 0
+        try:
+            if not self._greeted and not isinstance(request, Hello):
+                raise ProtocolError("a stream begins with a hello", "Send it first")  # rule 3
+            if isinstance(request, Fetch):
+                self._admit(byte_count=self._handler.blob_bytes(request), rows=0)
+            reply = self._handler.handle(self._tenant, request)
+        except OverloadedError as error:
+            return refusal_of(error, number=number)
+        except SymbiosisError as error:
+            _log.warning("refused a message of tenant %s: %s", self._tenant, error.code)
+            return refusal_of(error, number=number)
+        except Exception as error:
+            _log.exception("failed to answer a message of tenant %s", self._tenant)
+            return refusal_of(error, number=number)  # rule 5
+        self._greeted = self._greeted or isinstance(reply, Welcome)
+        return reply
+
+    def _admit(self, *, byte_count: int, rows: int) -> None:
+        self._ticket = self._handler.admit(self._tenant, byte_count=byte_count, rows=rows)
+
+    def _release(self) -> None:
+        ticket, self._ticket = self._ticket, None
+        if ticket is not None:
+            ticket.release()

@@ -129,8 +129,8 @@ class HostOptions:
 
     workers: int
     """Batches computed at once."""
-    threads: int
-    """Threads of one product."""
+    threads: int | None
+    """Threads of one product; `None` leaves PyTorch's own number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,14 +7,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.utils import logging as transformers_logging
 
 from symbiosis.protocols.authority import Authority
 from symbiosis.protocols.identity_directory import create_request, install_certificate
 from symbiosis.server.base import HostedBase, load_base
+from symbiosis.server.executor import ExecutorConfig
 from symbiosis.server.host import Host
 from symbiosis.server.service import Service
+from symbiosis.server.shm_service import ShmConfig, ShmService
 from symbiosis.simulations.bench.config import HostOptions
 
 _LIFETIME = timedelta(days=1)
@@ -59,16 +60,16 @@ class ServedHost:
         return folder
 
     def _serve(self, transport: str, stack: contextlib.ExitStack) -> str:
+        credentials = self._authority.issue_host(["127.0.0.1"], lifetime=_LIFETIME)
+        service: ShmService | Service
         if transport == "shm":
-            from symbiosis.server.shm_service import ShmService  # noqa: PLC0415
-
-            raise NotImplementedError
-        service = Service(self._host, self._authority.issue_host(["127.0.0.1"], lifetime=_LIFETIME))
+            service = ShmService(self._host, credentials, ShmConfig(path=self._scratch / "sockets" / "host"))
+        else:
+            service = Service(self._host, credentials)
         stack.callback(service.close)
         return service.address
 
 
 def open_host(base: HostedBase, options: HostOptions) -> Host:
     """A host that uses the cores as `options` say: the one place that knows how that is set."""
-    torch.set_num_threads(options.threads)
-    return Host(base)
+    return Host(base, executor=ExecutorConfig(workers=options.workers, threads=options.threads))

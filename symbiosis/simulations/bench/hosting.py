@@ -10,64 +10,63 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from symbiosis.protocols.authority import Authority
+from symbiosis.protocols.identity import Credentials
 from symbiosis.protocols.identity_directory import create_request, install_certificate
 from symbiosis.server.base import HostedBase, load_base
 from symbiosis.server.executor import ExecutorConfig
 from symbiosis.server.host import Host
 from symbiosis.server.service import Service
-from symbiosis.server.shm_service import ShmConfig, ShmService
 from symbiosis.simulations.bench.config import HostOptions
 
 _LIFETIME = timedelta(days=1)
 
 
-class ServedHost:
-    """A host on loopback.
+class Hosting:
+    """The role of a process that serves one host at a time, on loopback."""
 
-    Args:
-        message: `directory`, `options`, `transports`, `scratch` (an empty directory) and how many `tenants` to enrol.
-    """
-
-    def __init__(self, message: dict[str, Any]) -> None:
+    def __init__(self) -> None:
         transformers_logging.disable_progress_bar()
-        self._scratch = Path(message["scratch"])
-        self._authority = Authority.create(common_name="symbiosis bench", lifetime=_LIFETIME)
-        self._identities = [self._enrol(number) for number in range(message["tenants"])]
-        self._addresses: dict[str, str] = {}
+        self._open = contextlib.ExitStack()
+        self._host: Host | None = None
+
+    def serve(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Serve a directory, in place of what was served before.
+
+        Args:
+            message: `directory`, `options`, `transports`, `scratch` (an empty directory), `tenants` (how many).
+
+        Returns:
+            Addresses by transport, and the identity directories of the tenants.
+        """
+        self._open.close()
+        scratch, options = Path(message["scratch"]), HostOptions(**message["options"])
+        authority = Authority.create(common_name="symbiosis bench", lifetime=_LIFETIME)
+        identities = [_enrol(authority, scratch, number) for number in range(message["tenants"])]
         with contextlib.ExitStack() as stack:
-            base = load_base(message["directory"])
-            self._host = stack.enter_context(open_host(base, HostOptions(**message["options"])))
-            for transport in message["transports"]:
-                self._addresses[transport] = self._serve(transport, stack)
-            self._stack = stack.pop_all()
+            self._host = stack.enter_context(open_host(load_base(message["directory"]), options))
+            credentials = authority.issue_host(["127.0.0.1"], lifetime=_LIFETIME)
+            addresses = {name: _serve(name, self._host, credentials, scratch, stack) for name in message["transports"]}
+            self._open = stack.pop_all()
+        return {"addresses": addresses, "identities": [str(path) for path in identities]}
 
-    def describe(self) -> dict[str, Any]:
-        """Addresses by transport, and the identity directories."""
-        return {"addresses": self._addresses, "identities": [str(path) for path in self._identities]}
-
-    def statistics(self) -> dict[str, Any]:
+    def statistics(self, _: dict[str, Any]) -> dict[str, Any]:
         """What the host counted so far."""
-        return {"calls_per_batch": self._host.calls_per_batch}
+        return {"calls_per_batch": self._host.calls_per_batch if self._host is not None else 0.0}
 
-    def close(self) -> None:
-        """End the services and the host."""
-        self._stack.close()
 
-    def _enrol(self, number: int) -> Path:
-        folder, name = self._scratch / f"tenant-{number}", f"tenant-{number}"
-        certificate = self._authority.sign_tenant(create_request(folder, name), lifetime=_LIFETIME, expected_name=name)
-        install_certificate(folder, certificate_pem=certificate, ca_pem=self._authority.certificate_pem)
-        return folder
+def _enrol(authority: Authority, scratch: Path, number: int) -> Path:
+    folder, name = scratch / f"tenant-{number}", f"tenant-{number}"
+    certificate = authority.sign_tenant(create_request(folder, name), lifetime=_LIFETIME, expected_name=name)
+    install_certificate(folder, certificate_pem=certificate, ca_pem=authority.certificate_pem)
+    return folder
 
-    def _serve(self, transport: str, stack: contextlib.ExitStack) -> str:
-        credentials = self._authority.issue_host(["127.0.0.1"], lifetime=_LIFETIME)
-        service: ShmService | Service
-        if transport == "shm":
-            service = ShmService(self._host, credentials, ShmConfig(path=self._scratch / "sockets" / "host"))
-        else:
-            service = Service(self._host, credentials)
-        stack.callback(service.close)
-        return service.address
+
+def _serve(transport: str, host: Host, credentials: Credentials, scratch: Path, stack: contextlib.ExitStack) -> str:
+    if transport == "shm":
+        from symbiosis.server.shm_service import ShmConfig, ShmService  # noqa: PLC0415 - Linux only
+
+        return stack.enter_context(ShmService(host, credentials, ShmConfig(path=scratch / "sockets" / "host"))).address
+    return stack.enter_context(Service(host, credentials)).address
 
 
 def open_host(base: HostedBase, options: HostOptions) -> Host:

@@ -44,7 +44,9 @@ def interleave(rounds: int, theirs: Callable[[], Round], ours: Callable[[], Roun
     return Comparison(theirs=tuple(pair[0] for pair in pairs), ours=tuple(pair[1] for pair in pairs))
 
 
-def check_losses(theirs: Sequence[Message], ours: Sequence[Message], *, tolerance: float, prefix: bool = False) -> float:
+def check_losses(
+    theirs: Sequence[Message], ours: Sequence[Message], *, tolerance: float, prefix: bool = False
+) -> float:
     """Compare the losses of both sides, process by process and step by step.
 
     Args:
@@ -95,7 +97,5 @@ def _side_json(rounds: Sequence[Round]) -> dict[str, Any]:
     speeds = [one.tokens_per_s for one in rounds]
     return {
         "tokens_per_s": summary(speeds).to_json(),
-        "rounds": [
-            {"tokens": one.tokens, "seconds": one.seconds, "tokens_per_s": one.tokens_per_s} for one in rounds
-        ],
+        "rounds": [{"tokens": one.tokens, "seconds": one.seconds, "tokens_per_s": one.tokens_per_s} for one in rounds],
     }

@@ -47,9 +47,7 @@ class Job:
             self._base = None
         model = self._from_host(message) if message["side"] == "ours" else _from_directory(message)
         torch.manual_seed(self._work.seed + self._index)
-        lora = LoraConfig(
-            r=self._work.rank, lora_alpha=self._work.alpha, target_modules=TARGETS, task_type="CAUSAL_LM"
-        )
+        lora = LoraConfig(r=self._work.rank, lora_alpha=self._work.alpha, target_modules=TARGETS, task_type="CAUSAL_LM")
         self._model = get_peft_model(model, lora).train()
         trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(trained, lr=self._work.learning_rate)

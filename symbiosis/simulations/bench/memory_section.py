@@ -155,6 +155,4 @@ def sample(side: Side, *, window_s: float) -> SideMemory:
     for worker in side.workers:
         worker.send("train-on", {})
     side.pool.wait(side.workers, on_event=on_event, tick=tick, tick_s=_TICK_S)
-    return SideMemory(
-        samples=tuple(samples), host=tuple(host), warm_up=warm_up.answers, finished_steps=finished()
-    )
+    return SideMemory(samples=tuple(samples), host=tuple(host), warm_up=warm_up.answers, finished_steps=finished())

@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from symbiosis.errors import BenchmarkError
 from symbiosis.simulations.bench.config import ModelShape
@@ -35,6 +36,15 @@ def model_directory(shape: ModelShape, folder: Path, pool: Pool) -> Path:
         pool.ask([writer], "write-model", shape=fields, directory=str(directory))
         pool.end([writer])
     return directory
+
+
+class Writer:
+    """The role of a process that writes models."""
+
+    def write(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Write the model of `shape` to `directory`."""
+        write_model(ModelShape(**message["shape"]), message["directory"])
+        return {}
 
 
 def write_model(shape: ModelShape, directory: str) -> None:

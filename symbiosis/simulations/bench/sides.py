@@ -111,10 +111,9 @@ class Ours(Side):
         return self.pids[0]
 
     def serve(self, directory: Path, options: HostOptions, *, transports: Sequence[str], tenants: int) -> None:
-        """Start a host, in place of the one before it."""
-        if self._host is not None:
-            self.pool.end([self._host])
-        self._host = self.pool.start("the host")
+        """Serve a base to a number of tenants, in place of what the host process served before."""
+        if self._host is None:
+            self._host = self.pool.start("the host")
         self._served += 1
         scratch = Path(self._scratch.name) / f"host-{self._served}"
         scratch.mkdir()

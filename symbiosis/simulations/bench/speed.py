@@ -158,7 +158,9 @@ class SpeedBench:
             **compared.to_json(),
         }
 
-    def _load(self, work: Work, best: Calibration, directory: Path, *, transport: str, wire_dtype: str = "auto") -> None:
+    def _load(
+        self, work: Work, best: Calibration, directory: Path, *, transport: str, wire_dtype: str = "auto"
+    ) -> None:
         """Put both sides at the same beginning, each with its best setting."""
         self._theirs.load(directory, best.shape, work, threads=best.threads)
         self._serve(directory, best.options)

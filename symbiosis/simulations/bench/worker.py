@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 Say = Callable[[dict[str, Any]], None]
-Handler = Callable[[dict[str, Any]], dict[str, Any]]
+Role = Callable[[threading.Event, Say], Any]
 
 
 class Inbox:
@@ -54,21 +54,20 @@ class Inbox:
 
 def main() -> None:
     """Answer commands until the input ends."""
-    replies = _own_stdout()
-    lock = threading.Lock()
+    answers = _own_stdout()
 
     def say(message: dict[str, Any]) -> None:
-        with lock:
-            replies.write(json.dumps(message) + "\n")
-            replies.flush()
+        answers.write(json.dumps(message) + "\n")
+        answers.flush()
 
     inbox = Inbox(sys.stdin).start()
-    handlers: dict[str, Handler] = {}
+    roles: dict[str, Any] = {}
     for message in inbox:
         try:
-            if not handlers:
-                handlers = _handlers(inbox.stopped, say)
-            say(handlers[message["command"]](message))
+            role, method = _COMMANDS[message["command"]]
+            if role not in roles:
+                roles[role] = role(inbox.stopped, say)
+            say(getattr(roles[role], method)(message))
         except Exception as error:
             traceback.print_exc()
             say({"error": f"{type(error).__name__}: {error}"})
@@ -81,48 +80,39 @@ def _own_stdout() -> TextIO:
     return answers
 
 
-def _handlers(stopped: threading.Event, say: Say) -> dict[str, Handler]:
-    # Each role loads what it needs: what a job holds in memory must not be what another role imported.
+# Each role loads what it needs: what a job holds in memory must not be what another role imported.
+
+
+def _job(stopped: threading.Event, say: Say) -> Any:
     from symbiosis.simulations.bench.job import Job  # noqa: PLC0415
 
-    job = Job(stopped=stopped, say=say)
-    handlers: dict[str, Handler] = {
-        "load": job.load,
-        "threads": job.threads,
-        "train": job.train,
-        "train-on": job.train_on,
-        "decode": job.decode,
-        "decode-on": job.decode_on,
-        "write-model": _write_model,
-    }
-    return handlers | _host_handlers()
+    return Job(stopped=stopped, say=say)
 
 
-def _write_model(message: dict[str, Any]) -> dict[str, Any]:
-    from symbiosis.simulations.bench.config import ModelShape  # noqa: PLC0415
-    from symbiosis.simulations.bench.models import write_model  # noqa: PLC0415
+def _host(_: threading.Event, __: Say) -> Any:
+    from symbiosis.simulations.bench.hosting import Hosting  # noqa: PLC0415
 
-    write_model(ModelShape(**message["shape"]), message["directory"])
-    return {}
+    return Hosting()
 
 
-def _host_handlers() -> dict[str, Handler]:
-    host: Any = None
+def _writer(_: threading.Event, __: Say) -> Any:
+    from symbiosis.simulations.bench.models import Writer  # noqa: PLC0415
 
-    def serve(message: dict[str, Any]) -> dict[str, Any]:
-        nonlocal host
-        from symbiosis.simulations.bench.hosting import ServedHost  # noqa: PLC0415
+    return Writer()
 
-        if host is not None:
-            host.close()
-        host = ServedHost(message)
-        return dict(host.describe())
 
-    def statistics(_: dict[str, Any]) -> dict[str, Any]:
-        return dict(host.statistics())
-
-    return {"serve": serve, "host-statistics": statistics}
-
+_COMMANDS: dict[str, tuple[Role, str]] = {
+    "load": (_job, "load"),
+    "threads": (_job, "threads"),
+    "train": (_job, "train"),
+    "train-on": (_job, "train_on"),
+    "decode": (_job, "decode"),
+    "decode-on": (_job, "decode_on"),
+    "serve": (_host, "serve"),
+    "host-statistics": (_host, "statistics"),
+    "write-model": (_writer, "write"),
+}
+"""Who answers a command, and with which method."""
 
 if __name__ == "__main__":
     main()

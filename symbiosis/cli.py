@@ -14,14 +14,14 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import click
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from symbiosis import __version__
 from symbiosis.errors import ConfigurationError, SymbiosisError
@@ -40,8 +40,10 @@ app = typer.Typer(
 )
 host_app = typer.Typer(help="Serve a base to tenants.", no_args_is_help=True)
 audit_app = typer.Typer(help="Prove what left.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure, on this machine, against what people would run instead.", no_args_is_help=True)
 app.add_typer(host_app, name="host")
 app.add_typer(audit_app, name="audit")
+app.add_typer(bench_app, name="bench")
 
 _Choice = TypeVar("_Choice", bound=Enum)
 
@@ -51,6 +53,7 @@ _log = logging.getLogger(__name__)
 _INTERRUPTED = 130  # what Typer makes of a KeyboardInterrupt
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+BenchOut = Annotated[Path | None, typer.Option("--out", help="Directory for the result as JSON and as a plot.")]
 
 
 def main() -> None:
@@ -384,6 +387,63 @@ def audit_verify(
                 "head": {"sequence": verified.head.sequence, "hash": verified.head.hash},
             }
         )
+
+
+@bench_app.command("tenants")
+def bench_tenants(  # one option per setting; Typer reads them from the signature
+    tenants: Annotated[int, typer.Option(help="Tenants of the host, and separate jobs.")] = 8,
+    rounds: Annotated[int, typer.Option(help="Pairs of rounds that a ratio is the median of.")] = 5,
+    preset: Annotated[str, typer.Option(help="Models and work: default, or tiny, which takes seconds.")] = "default",
+    only: Annotated[str, typer.Option(help="memory, train, train-grpc, decode, mixed; separated by commas.")] = "",
+    transport: Annotated[str, typer.Option(help="Way to the host, but in train-grpc: shm or grpc.")] = "shm",
+    models: Annotated[Path | None, typer.Option(help="Directory for the models, which are written once.")] = None,
+    out: BenchOut = None,
+    json_: Json = False,
+) -> None:
+    """Tenants of one host against as many separate PEFT processes: memory and speed, interleaved."""
+    from symbiosis.simulations.bench.config import (  # noqa: PLC0415 - commands load what they need
+        DEFAULT_MODELS,
+        TenantsConfig,
+        preset_of,
+        sections_of,
+    )
+    from symbiosis.simulations.bench.display import tenants_table  # noqa: PLC0415
+    from symbiosis.simulations.bench.tenants import run_tenants  # noqa: PLC0415
+
+    config = TenantsConfig(
+        tenants=tenants,
+        rounds=rounds,
+        preset=preset_of(preset),
+        sections=sections_of(only),
+        transport=transport,
+        models=models or DEFAULT_MODELS,
+    )
+    _bench(lambda report: run_tenants(config, report=report), tenants_table, out=out, json_=json_)
+
+
+def _bench(
+    run: Callable[[Callable[[str], None]], dict[str, Any]],
+    table: Callable[[Mapping[str, Any]], RenderableType],
+    *,
+    out: Path | None,
+    json_: bool,
+) -> None:
+    """Run a benchmark: progress to standard error, then the result to wherever it was asked for."""
+    from symbiosis.simulations.bench.plots import check_output, write_result  # noqa: PLC0415
+
+    if out is not None:
+        check_output(out)
+    started = time.monotonic()
+
+    def report(line: str) -> None:
+        _console.print(f"[dim]{time.monotonic() - started:5.0f} s[/]  {line}", highlight=False)
+
+    result = run(report)
+    if out is not None:
+        write_result(result, out)
+    _wide(_console if json_ else Console()).print(table(result))
+    if json_:
+        _print_json(result)
 
 
 def _keep_to_oneself(source: BaseSource) -> None:

@@ -1,0 +1,75 @@
+"""Pictures of results, and the files that hold both."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from symbiosis.errors import ConfigurationError, MissingExtraError
+
+Draw = Callable[[Any, Mapping[str, Any]], None]
+
+
+def check_output(directory: Path) -> None:
+    """Find out before minutes of measuring whether the result can be written.
+
+    Raises:
+        MissingExtraError: there is nothing to draw with.
+        ConfigurationError: the directory cannot be made.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingExtraError("a plot needs matplotlib", "Install symbiosis-peft[simulation], or leave --out out")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"{directory} cannot be made ({error.strerror})", "Give another --out") from error
+
+
+def write_result(result: Mapping[str, Any], directory: Path) -> None:
+    """Write `NAME.json` and `NAME.png`, where NAME is the benchmark's."""
+    name = str(result["benchmark"])
+    (directory / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    import matplotlib as mpl  # noqa: PLC0415 - slow, and an extra
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+
+    figure = plt.figure(figsize=(11, 4.2), layout="constrained")
+    _DRAW[name](figure, result)
+    figure.savefig(directory / f"{name}.png", dpi=150)
+    plt.close(figure)
+
+
+def _draw_tenants(figure: Any, result: Mapping[str, Any]) -> None:
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1.6])
+    sections = [(key, result[key]) for key in ("memory", "memory_300m") if key in result]
+    bars = [
+        (f"{section['model']['name']}\n{label}", section[side]["peak"]["total"] / 1e9, color)
+        for _, section in sections
+        for side, label, color in (
+            ("theirs", "jobs", "tab:gray"),
+            ("theirs_own_weights", "jobs, own\nweights", "lightgray"),
+            ("ours", "tenants", "tab:blue"),
+        )
+        if side in section
+    ]
+    left.bar(range(len(bars)), [bar[1] for bar in bars], color=[bar[2] for bar in bars])
+    left.set_xticks(range(len(bars)), [bar[0] for bar in bars], fontsize=7)
+    left.set_ylabel("PSS of all processes, peak (GB)")
+    left.set_title(f"memory, {result['settings']['tenants']} adapters", fontsize=10)
+    names = [name for name in ("train", "train_grpc", "decode", "mixed") if name in result]
+    for place, name in enumerate(names):
+        ratios = result[name]["ratios"]
+        right.scatter([place] * len(ratios), ratios, color="tab:blue", alpha=0.5, s=18)
+        right.hlines(result[name]["ratio"]["median"], place - 0.25, place + 0.25, color="black")
+    right.axhline(1.0, color="tab:gray", linewidth=0.8, linestyle="--")
+    right.set_xticks(range(len(names)), [name.replace("_", " over ") for name in names])
+    right.set_ylim(bottom=0)
+    right.set_ylabel("tokens/s, tenants over separate jobs")
+    right.set_title("every pair of rounds, and the median", fontsize=10)
+
+
+_DRAW: dict[str, Draw] = {"tenants": _draw_tenants}

@@ -100,6 +100,7 @@ class Executor:
                 _log.exception("a batch of %d calls failed", len(batch))
                 for call in batch:
                     call.done.set_exception(error)
+            del batch  # while it waits, the worker holds no tenant's rows: they may lie in shared memory
 
     def _take(self) -> list[_Waiting]:
         with self._wake:

@@ -191,6 +191,7 @@ class Executor:
                 _log.exception("a batch of %d calls failed", len(parts))
                 failure = error
             self._finish(parts, failure, started_s)
+            del parts  # while it waits, the worker holds no tenant's rows: they may lie in shared memory
 
     def _take(self) -> list[_Part]:
         """The next batch; waits for one, and is empty at the end."""

@@ -86,7 +86,8 @@ class Timeline:
         self._pace = Pace()
         self._waiting: list[Job] = []
         self._idle = self.workers
-        self._bulk_began_s = float("-inf")
+        self._bulk_running = 0
+        self._bulk_ended_s = float("-inf")
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self._sessions = itertools.count()
@@ -155,7 +156,7 @@ class Timeline:
             served=self.service.macs if self.fair else {},
             expected=self._expected(),
             macs_per_s=self.rate.macs_per_s,
-            bulk_began_s=self._bulk_began_s,
+            bulk_ended_s=float("inf") if self._bulk_running else self._bulk_ended_s,
             gather=self.gather and len(self.batches) % 3 != 0,
             now_s=self.now_s,
             config=self.config,
@@ -190,8 +191,8 @@ class Timeline:
         self._idle -= 1
         rows, macs_per_row = sum(rows for _, rows in takes), takes[0][0].ask.macs_per_row
         took_s = BATCH_S + max(rows, self.config.floor_rows) * macs_per_row / MACS_PER_S
-        if decision.bulk:
-            self._bulk_began_s = self.now_s
+        self._bulk_running += decision.bulk
+        number = len(self.batches)
         self.batches.append(
             Batch(
                 key=takes[0][0].ask.key,
@@ -202,10 +203,14 @@ class Timeline:
                 interactive=not decision.bulk,
             )
         )
-        self._at(self.now_s + took_s, lambda: self._finish(takes, rows, macs_per_row, took_s))
+        self._at(self.now_s + took_s, lambda: self._finish(takes, self.batches[number], rows, macs_per_row))
 
-    def _finish(self, takes: list[tuple[Job, int]], rows: int, macs_per_row: int, took_s: float) -> None:
+    def _finish(self, takes: list[tuple[Job, int]], batch: Batch, rows: int, macs_per_row: int) -> None:
         self._idle += 1
+        took_s = batch.took_s
+        if not batch.interactive:
+            self._bulk_running -= 1
+            self._bulk_ended_s = self.now_s
         self.rate.measured(rows=rows, macs_per_row=macs_per_row, seconds=took_s)
         for job, part in takes:
             job.computed += part

@@ -5,8 +5,8 @@ A tenant has one call under way at a time, so batches fill only if tenants that 
 together. Four rules see to that, numbered where they are enforced:
 
 1. an interactive call (few rows: a decoded token) goes before bulk, also one that is held by rule 4 or that a tenant
-   will ask for within `max_gap_s`; but when a bulk call has waited for `max_bulk_wait_s` and no bulk batch was begun
-   for as long, one bulk batch goes before all of them;
+   will ask for within `max_gap_s`; but when a bulk call has waited for `max_bulk_wait_s` and no bulk batch was under
+   way for as long, one bulk batch goes before all of them;
 2. of one batch in three the head is the tenant that was served least; of the others it is one of the largest group,
    those who ask for the same now or soon. So a group passes through the model faster than who is alone, meets
    everyone who takes the same way, and grows;
@@ -19,16 +19,16 @@ together. Four rules see to that, numbered where they are enforced:
 By these rules also those are served who are not the least served of their kind, but nobody who is more than
 `max_lead_s` ahead of it: that is what keeps the service even (`fairness`).
 
-Bounds. A batch takes at most `D`, the longest of `max_batch_s` and the time of `min_rows` rows; one with an interactive
-call at its head at most `d`, the longest of `interactive_batch_s` and the time of `min_rows` rows; both as far as the
-measured rate is right. Let `h` be `max_hold_s` and `w` `max_bulk_wait_s`. One worker begins an interactive call before
-which `n` interactive batches of others go after at most
+Bounds. A batch takes at most `D`, the longer of `max_batch_s` and the time of `min_rows` rows; one with an interactive
+call at its head at most `d`, the longer of `interactive_batch_s` and the time of `min_rows` rows; both as far as the
+measured rate is right. Let `h` be `max_hold_s` and `w` `max_bulk_wait_s`. An interactive call that others' `n` batches
+with interactive heads go before waits, however much bulk there is, at most
 
-    D + (n + 1) (d + 2 h)  +  D for each w of that, begun or whole
+    D + (n + 1) (d + h) + k (D + h),   k = (n + 1) (d + h) / w, rounded up:
 
-of waiting, however much bulk there is: what is under way, the others and itself with their holds, and bulk's turns.
-Several workers begin it no later. And bulk that has waited for `w` is begun within `D + d + 2 h`, however many
-interactive calls there are, so that it has at least `D` of each `2 D + d + 2 h + w` while there is enough of it.
+what is under way when it comes, those `n` batches and its own with their holds, and bulk's turns. On one worker bulk
+that has waited for `w` is begun at most `2 d + h` later, however many interactive calls there are: at least `D` of each
+`D + w + 2 d + h` is bulk's. Several workers are no later.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def decide(
     macs_per_s: float,
     now_s: float,
     config: BatchConfig,
-    bulk_began_s: float = float("-inf"),
+    bulk_ended_s: float = float("-inf"),
     gather: bool = False,
 ) -> Decision:
     """Choose the next batch.
@@ -161,10 +161,10 @@ def decide(
         macs_per_s: the measured rate of one worker.
         now_s: the time, on the clock of `arrived_s`.
         config: bounds.
-        bulk_began_s: when the last batch with a bulk call at its head was begun.
-        gather: whether this is one of the batches, every second one, that the largest group gets.
+        bulk_ended_s: when the last batch with a bulk call at its head ended; infinity while there is one under way.
+        gather: whether this is one of the batches, two in three, that the largest group gets.
     """
-    turn_s = _turn(waiting, bulk_began_s, config)
+    turn_s = _turn(waiting, bulk_ended_s, config)
     quiet_s = _quiet_from(expected, config)
     groups = _groups(waiting, expected, served, config) if gather else {}
     lead = config.max_lead_s * macs_per_s
@@ -195,10 +195,10 @@ def is_interactive(rows: int, config: BatchConfig) -> bool:
     return rows <= config.interactive_rows
 
 
-def _turn(waiting: Sequence[Waiting], bulk_began_s: float, config: BatchConfig) -> float:
+def _turn(waiting: Sequence[Waiting], bulk_ended_s: float, config: BatchConfig) -> float:
     """From when on bulk goes first, by rule 1."""
     bulk = [call.arrived_s for call in waiting if not is_interactive(call.total_rows, config)]
-    return max(bulk_began_s, min(bulk, default=float("inf"))) + config.max_bulk_wait_s
+    return max(bulk_ended_s, min(bulk, default=float("inf"))) + config.max_bulk_wait_s
 
 
 def _quiet_from(expected: Sequence[Expected], config: BatchConfig) -> float:
@@ -216,9 +216,9 @@ def _groups(
     """
     soon = [entry for entry in expected if entry.usual_s <= config.max_hold_s]
     groups: dict[BatchKey, tuple[int, float]] = {}
-    for call in (*waiting, *soon):
-        count, most = groups.get(call.key, (0, 0.0))
-        groups[call.key] = count + 1, max(most, served.get(call.tenant, 0.0))
+    for key, tenant in [(call.key, call.tenant) for call in waiting] + [(entry.key, entry.tenant) for entry in soon]:
+        count, most = groups.get(key, (0, 0.0))
+        groups[key] = count + 1, max(most, served.get(tenant, 0.0))
     return groups
 
 

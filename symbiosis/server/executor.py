@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -102,6 +102,15 @@ class _Part:
     rows: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Batch:
+    """What one worker computes at once."""
+
+    parts: list[_Part]
+    bulk: bool
+    """Whether the call at its head is."""
+
+
 class Executor:
     """Workers that evaluate frozen layers for everybody. Started by `start`, ended by `close`; a context manager.
 
@@ -120,7 +129,8 @@ class Executor:
         self._wake = threading.Condition()
         self._closed = False
         self._begun = 0
-        self._bulk_began_s = float("-inf")
+        self._bulk_running = 0
+        self._bulk_ended_s = float("-inf")
         self._workers: list[threading.Thread] = []
         self.batches = 0
         self.calls = 0
@@ -128,10 +138,15 @@ class Executor:
 
     def start(self) -> Executor:
         """Start the workers."""
+        ready = threading.Barrier(self._config.workers + 1)
         for number in range(self._config.workers):
-            worker = threading.Thread(target=self._run, name=f"symbiosis-executor-{number}", daemon=True)
+            worker = threading.Thread(target=self._run, args=(ready,), name=f"symbiosis-executor-{number}", daemon=True)
             self._workers.append(worker)
             worker.start()
+        ready.wait()
+        if self._config.threads is not None:
+            # A thread that is new to PyTorch takes the number that was set last, by whom ever: let it be ours again.
+            torch.set_num_threads(torch.get_num_threads())
         return self
 
     def submit(
@@ -189,34 +204,35 @@ class Executor:
     def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
         self.close()
 
-    def _run(self) -> None:
+    def _run(self, ready: threading.Barrier) -> None:
         if self._config.threads is not None:
             # OpenMP keeps the number per thread, so that a tenant in the same process keeps its own.
             torch.set_num_threads(self._config.threads)
+        ready.wait()
         while self._work():
             pass
 
     def _work(self) -> bool:
         """Wait for a batch and compute it; whether there was one. What it held is let go when it returns."""
-        parts = self._take()
-        if not parts:
+        batch = self._take()
+        if batch is None:
             return False
         started_s, failure = self._clock(), None
         try:
-            self._make_places(parts)
-            _compute(parts, self._config.threads_per_product)
+            self._make_places(batch.parts)
+            _compute(batch.parts, self._config.threads_per_product)
         except Exception as error:
-            _log.exception("a batch of %d calls failed", len(parts))
+            _log.exception("a batch of %d calls failed", len(batch.parts))
             failure = error.with_traceback(None)  # it would hold the rows of everybody in the batch
-        for job in self._finish(parts, failure, started_s):
+        for job in self._finish(batch, failure, started_s):
             try:
                 job.answered(job.failure or _place(job))
             except Exception:
                 _log.exception("an answer could not be handed over")
         return True
 
-    def _take(self) -> list[_Part]:
-        """The next batch; waits for one, and is empty at the end."""
+    def _take(self) -> _Batch | None:
+        """The next batch; waits for one, and gives none at the end."""
         with self._wake:
             while True:
                 timeout_s = None
@@ -226,7 +242,7 @@ class Executor:
                         return self._begin(decision)
                     timeout_s = None if decision.again_s is None else max(0.0, decision.again_s - self._clock())
                 elif self._closed:
-                    return []
+                    return None
                 self._wake.wait(timeout_s)
 
     def _decide(self) -> Decision:
@@ -238,11 +254,11 @@ class Executor:
             macs_per_s=self._rate.macs_per_s,
             now_s=now_s,
             config=self._config.batching,
-            bulk_began_s=self._bulk_began_s,
+            bulk_ended_s=float("inf") if self._bulk_running else self._bulk_ended_s,
             gather=self._begun % _GATHERING != 0,
         )
 
-    def _begin(self, decision: Decision) -> list[_Part]:
+    def _begin(self, decision: Decision) -> _Batch:
         parts = []
         for take in decision.batch:
             job = self._waiting[take.position]
@@ -253,11 +269,10 @@ class Executor:
             self._service.leave(job.tenant)
         self._waiting = [job for job in self._waiting if job.taken < job.rows.shape[0]]
         self._begun += 1
-        if decision.bulk:
-            self._bulk_began_s = self._clock()
+        self._bulk_running += decision.bulk
         if self._waiting:
             self._wake.notify()  # another worker may find a batch, too
-        return parts
+        return _Batch(parts=parts, bulk=decision.bulk)
 
     def _make_places(self, parts: list[_Part]) -> None:
         """Room for the answers; several workers may compute parts of one call."""
@@ -265,17 +280,20 @@ class Executor:
             for job in [part.job for part in parts if part.job.out is None]:
                 job.out = job.rows.new_empty((job.rows.shape[0], answer_width(job.weights, job.key.direction)))
 
-    def _finish(self, parts: list[_Part], failure: Exception | None, started_s: float) -> list[_Job]:
+    def _finish(self, batch: _Batch, failure: Exception | None, started_s: float) -> list[_Job]:
         """Count a batch; the calls that ended with it."""
         now_s = self._clock()
         ended = []
         with self._wake:
             self.batches += 1
-            self.calls += len(parts)
+            self.calls += len(batch.parts)
+            if batch.bulk:
+                self._bulk_running -= 1
+                self._bulk_ended_s = now_s
             if failure is None:
-                rows = sum(part.rows for part in parts)
-                self._rate.measured(rows=rows, macs_per_row=parts[0].job.macs_per_row, seconds=now_s - started_s)
-            for part in parts:  # a batch takes rows of a call once
+                rows = sum(part.rows for part in batch.parts)
+                self._rate.measured(rows=rows, macs_per_row=batch.parts[0].job.macs_per_row, seconds=now_s - started_s)
+            for part in batch.parts:  # a batch takes rows of a call once
                 job = part.job
                 job.computed += part.rows
                 job.failure = job.failure or failure

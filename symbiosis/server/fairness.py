@@ -1,11 +1,12 @@
 """Who was served how much: virtual counters, so that the host serves tenants evenly by work.
 
-Each tenant has a counter of the work that was done for it; the least served goes first (batching, rule 2). The *level*
-is what the least served of those who wait was given, and never falls. A tenant that the host does not know starts at the
-level; one that comes back is brought within `max_credit_s` below and `max_debt_s` above it, so that it can neither claim
-for long what it did not ask for, nor be made to wait for what it was given when there was enough for all (virtual token
-counters: Sheng et al., *Fairness in Serving Large Language Models*, OSDI 2024, section 4, where a tenant that comes
-back keeps no credit; here it does, because a tenant that computes for itself between two calls is still behind).
+Each tenant has a counter of the work that was done for it. Batches go to whoever was served least, or to others that
+are at most `max_lead_s` ahead (batching, rule 2). The *level* is what the least served of those who wait was given, and
+never falls. A tenant that the host does not know starts at the level; one that comes back is brought within
+`max_credit_s` below and `max_debt_s` above it, so that it can neither claim for long what it did not ask for, nor be
+made to wait for what it was given when there was enough for all. (Virtual token counters: Sheng et al., *Fairness in
+Serving Large Language Models*, OSDI 2024, section 4. There, who comes back has no credit at all; here it has some,
+because who computes for itself between two calls is still behind.)
 
 The gap is bounded. Let `L` be `max_lead_s`, `B` a batch's work and `C` `max_credit_s`, all in multiply-adds at a steady
 rate. Where all calls are of one kind (interactive or bulk), nobody who is served gets farther above the level than

@@ -58,7 +58,7 @@ class Pace:
         self._last[tenant] = _Last(key=key, interactive=interactive, answered_s=now_s)
 
     def expected(self, now_s: float) -> list[Expected]:
-        """Tenants that are probably about to ask. Who is overdue is no longer waited for; who has paused is forgotten."""
+        """Tenants that are probably about to ask. Who is overdue is not waited for; who has paused is forgotten."""
         for tenant in [tenant for tenant, last in self._last.items() if now_s - last.answered_s > _LONGEST_S]:
             del self._last[tenant]
         found = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import random
 import threading
 import weakref
@@ -74,9 +75,10 @@ def hosted() -> HostedBase:
 def exact(base: HostedBase, call: Call) -> torch.Tensor:
     """The answer in float64, one row at a time where rows meet different matrices."""
     rows = call.rows.double()
-    group = [weight.dense().double() for weight in base.group(call.layers)]
-    ways = [weight.orientation for weight in base.group(call.layers)]
-    maps = [dense.mT if way is Orientation.OUT_IN else dense for dense, way in zip(group, ways, strict=True)]
+    maps = [
+        weight.in_out().double() * (1.0 if weight.scale is None else weight.scale.double())
+        for weight in base.group(call.layers)
+    ]
     if call.segments:
         which = [segment.matrix for segment in call.segments for _ in range(segment.rows)]
         chosen = [maps[0][matrix] if call.direction is Direction.FORWARD else maps[0][matrix].T for matrix in which]
@@ -172,7 +174,7 @@ def test_many_tenants_of_every_kind_at_once(
             done.result()
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 2**16), workers=st.integers(1, 3), most=st.integers(1, 9), rows=st.integers(1, 60))
 def test_a_call_in_parts_is_the_whole(seed: int, workers: int, most: int, rows: int) -> None:
     base, generator = hosted(), random.Random(seed)
@@ -409,7 +411,8 @@ def test_a_waiting_worker_holds_nothing(base: HostedBase) -> None:
         assert gone.wait(timeout=20)
 
 
-def test_a_waiting_worker_holds_nothing_of_a_failure(base: HostedBase) -> None:
+def test_a_waiting_worker_holds_nothing_of_a_failure(base: HostedBase, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL + 1, logger="symbiosis.server.executor")  # pytest would keep the traceback
     broken = Weight(stored=base.weights[0].stored[:, :-1], orientation=Orientation.OUT_IN, dtype=torch.float32)
     with Executor() as executor:
         gone = threading.Event()

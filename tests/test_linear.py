@@ -72,7 +72,7 @@ def laid_out(names: list[str], weights: list[Weight]) -> list[Weight]:
 # --- one product
 
 
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(
     seed=st.integers(0, 2**16),
     rows=st.integers(1, 40),
@@ -123,7 +123,7 @@ def test_products_of_a_group(
     assert torch.equal(x, before)
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**16),
     dtype=st.sampled_from(WEIGHTS),

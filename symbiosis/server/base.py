@@ -30,7 +30,7 @@ from symbiosis.protocols.tensors import byte_count, stored_dtype, tensor_digest
 from symbiosis.server.norms import facts_of
 from symbiosis.server.placement import Devices, place, usable_devices
 from symbiosis.server.selection import hosted_parameters
-from symbiosis.server.weight import Weight, laid_out, quantised
+from symbiosis.server.weight import Weight, lay_out, quantised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -205,8 +205,10 @@ def host_model(
     if not own:
         return placed
     names, parameters = [entry[0] for entry in hosted], [entry[1] for entry in hosted]
-    laid = laid_out(names, placed.weights, moved=lambda position, weight: _let_go(parameters[position], weight))
-    return replace(placed, weights=tuple(laid))
+    weights, rest = list(placed.weights), replace(placed, weights=())
+    del base, placed  # they hold the old places
+    lay_out(names, weights, moved=lambda position, weight: _let_go(parameters[position], weight))
+    return replace(rest, weights=tuple(weights))
 
 
 def refuse_trainable(parameters: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -12,7 +12,7 @@ from types import TracebackType
 import torch
 
 from symbiosis import __version__
-from symbiosis.errors import VersionError
+from symbiosis.errors import ShapeError, VersionError
 from symbiosis.protocols.codec import Reply, Request
 from symbiosis.protocols.limits import PROTOCOL_VERSION
 from symbiosis.protocols.messages import Answer, Blob, BlobKind, Call, Direction, Fetch, Hello, Welcome, check_rows
@@ -74,8 +74,11 @@ class Host:
             done(Answer(number=call.number, rows=answer))
 
         try:
-            width, _ = self.base.manifest.widths(call.layers, call.direction)
+            width, out_width = self.base.manifest.widths(call.layers, call.direction)
             check_rows(call.rows, width=width)
+            if out is not None and (out.dtype, out.shape) != (call.rows.dtype, (call.rows.shape[0], out_width)):
+                # Found out in the product it would fail those who share the batch.
+                raise ShapeError(f"a place of shape {tuple(out.shape)} and {out.dtype} is not that of the answer")
             self.base.manifest.check_segments(call.layers, call.segments, rows=call.rows.shape[0])
             self._executor.submit(tenant, call, self.base.group(call.layers), answered, out=out)
         except Exception as error:

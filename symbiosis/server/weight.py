@@ -7,7 +7,7 @@ whichever way it is stored.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -113,17 +113,16 @@ def fused(weights: Sequence[Weight]) -> list[Weight]:
     return merged
 
 
-def laid_out(
-    names: Sequence[str], weights: Sequence[Weight], *, moved: Callable[[int, Weight], object] = lambda *_: None
-) -> list[Weight]:
+def lay_out(
+    names: Sequence[str], weights: list[Weight], *, moved: Callable[[int, Weight], object] = lambda *_: None
+) -> None:
     """Lay the weights of one block that take rows of one width side by side, so that siblings are one product.
 
     Args:
         names: full names, in the model's order.
-        weights: as they came.
-        moved: told the position and the new place of every weight, block by block, so that the old one can be let go.
+        weights: as they came; replaced in place, block by block, so that no more than one block is held twice.
+        moved: told the position and the new place of every weight, so that others who hold the old one let it go.
     """
-    result = list(weights)
     for run in _runs(names, weights):
         scales = [weight.scale for weight in (weights[position] for position in run) if weight.scale is not None]
         neighbours = Neighbours(
@@ -133,10 +132,9 @@ def laid_out(
         start = 0
         for position in run:
             rows = weights[position].stored.shape[0]
-            result[position] = _part(weights[position], neighbours, start, rows)
-            moved(position, result[position])
+            weights[position] = _part(weights[position], neighbours, start, rows)
+            moved(position, weights[position])
             start += rows
-    return result
 
 
 def _follows(before: Weight, weight: Weight) -> bool:
@@ -153,7 +151,7 @@ def _part(weight: Weight, neighbours: Neighbours | None, start: int, rows: int) 
     )
 
 
-def _runs(names: Sequence[str], weights: Sequence[Weight]) -> Iterator[list[int]]:
+def _runs(names: Sequence[str], weights: Sequence[Weight]) -> list[list[int]]:
     """Positions, one after the other, of weights of one block and one width."""
 
     def kind(position: int) -> tuple[object, ...]:
@@ -162,10 +160,8 @@ def _runs(names: Sequence[str], weights: Sequence[Weight]) -> Iterator[list[int]
             return (position,)
         return block_of(names[position]), weight.stored.shape[1], weight.stored.dtype, weight.dtype, weight.device
 
-    for _, run in itertools.groupby(range(len(weights)), key=kind):
-        positions = list(run)
-        if len(positions) > 1:
-            yield positions
+    runs = [list(run) for _, run in itertools.groupby(range(len(weights)), key=kind)]
+    return [run for run in runs if len(run) > 1]
 
 
 def relative_error(weight: torch.Tensor, rounded: Weight) -> float:

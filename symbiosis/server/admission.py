@@ -10,7 +10,9 @@
 
 So the bytes under way never exceed the larger of the limit and of the largest single message: 128 MiB for a call
 (`limits.MAX_MESSAGE_BYTES` in either direction), the largest published tensor for a fetch. What comes on top is the
-transport's: chunks that wait in gRPC's windows, one chunk on its way out per stream, and a batch in the executor.
+transport's (`ServiceConfig.window_bytes` and about three chunks per stream), a batch in the executor, and what the C
+library's allocator keeps of freed memory: with glibc up to 64 MiB for each of its arenas, unless MALLOC_ARENA_MAX says
+how many there may be.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ MAX_WAIT_S: Final = 5.0
 
 _HALF_LIFE_S = 2.0
 """After so long a measurement counts half."""
-_PRIOR_S = 0.1
+_PRIOR_S = 0.02
 """Before anything was measured, the host is taken to have drained the whole quota in a second, for so long."""
 
 

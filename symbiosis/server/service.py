@@ -46,6 +46,9 @@ class ServiceConfig:
     stall_s: float = 30.0
     """How long a tenant may take to send the next chunk of a message, or to take the next one of an answer (seconds).
     Between messages it may take as long as it likes."""
+    window_bytes: int = 2 << 20
+    """What gRPC takes in of a stream before the host reads it (bytes): with the sessions that a tenant may have, the
+    bound of what waits unread. A stream uploads at most this in one round trip, 40 MB/s at 50 ms."""
 
     def __post_init__(self) -> None:
         _, _, port = self.address.rpartition(":")
@@ -55,6 +58,8 @@ class ServiceConfig:
             raise ConfigurationError(message, "Write it as host:port, for example 127.0.0.1:8443")
         if self.max_streams < 1:
             raise ConfigurationError("a host needs at least one stream", "Raise max_streams")
+        if self.window_bytes < 1:
+            raise ConfigurationError("a stream needs a window", "Set window_bytes to a mebibyte or more")
         if not self.stall_s > 0:
             raise ConfigurationError("a tenant needs time to send a chunk", "Set stall_s above 0")
 
@@ -79,7 +84,14 @@ class Service:
     def __init__(self, handler: Handler, credentials: Credentials, config: ServiceConfig | None = None) -> None:
         config = config or ServiceConfig()
         self._handler = handler
-        options = (*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0), ("grpc.http2.min_ping_interval_without_data_ms", 10_000))
+        options = (
+            *CHANNEL_OPTIONS,
+            ("grpc.so_reuseport", 0),
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+            # Without a fixed window gRPC widens it to what the path can carry, which on a fast one is a whole message.
+            ("grpc.http2.bdp_probe", 0),
+            ("grpc.http2.lookahead_bytes", config.window_bytes),
+        )
         self._server = grpc.server(
             ThreadPoolExecutor(max_workers=config.max_streams, thread_name_prefix="symbiosis-stream"),
             options=options,

@@ -80,6 +80,5 @@ def write_model(shape: ModelShape, directory: str) -> None:
     target = Path(directory)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         model.save_pretrained(scratch)
-        os.chmod(scratch, 0o755)
         os.replace(scratch, target)
         os.mkdir(scratch)  # for the context manager to remove

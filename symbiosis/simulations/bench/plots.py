@@ -72,4 +72,49 @@ def _draw_tenants(figure: Any, result: Mapping[str, Any]) -> None:
     right.set_title("every pair of rounds, and the median", fontsize=10)
 
 
-_DRAW: dict[str, Draw] = {"tenants": _draw_tenants}
+def _draw_scale(figure: Any, result: Mapping[str, Any]) -> None:
+    axes = figure.subplots(1, 3)
+    titles = ("memory (GB)", "training (tokens/s)", "generation (tokens/s)")
+    for axis, title, read in zip(axes, titles, _SCALE_READERS, strict=True):
+        for side, label, color in (("theirs", "separate jobs", "tab:gray"), ("ours", "tenants", "tab:blue")):
+            points = result[side]
+            axis.plot(
+                [point["count"] for point in points], [read(point) for point in points], "o-", color=color, label=label
+            )
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("processes with an adapter each")
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+
+
+_SCALE_READERS: tuple[Callable[[Mapping[str, Any]], float], ...] = (
+    lambda point: point["memory"]["total"] / 1e9,
+    lambda point: point["train_tokens_per_s"]["median"],
+    lambda point: point["decode_tokens_per_s"]["median"],
+)
+
+
+def _draw_call(figure: Any, result: Mapping[str, Any]) -> None:
+    axis = figure.subplots()
+    rows = result["settings"]["rows"]
+    by_way: dict[str, list[Mapping[str, Any]]] = {way: [] for way in result["median_us"]}
+    for call in result["calls"]:
+        by_way[call["way"]].append(call)
+    for way, calls in by_way.items():
+        bare = way in {"product", "copy"}
+        axis.plot(
+            rows, [call["p50_us"] for call in calls], "--" if bare else "o-", label=f"bare {way}" if bare else way
+        )
+        if not bare:
+            axis.fill_between(rows, [call["p10_us"] for call in calls], [call["p90_us"] for call in calls], alpha=0.15)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(rows, [str(count) for count in rows])
+    axis.set_xlabel(f"rows of {result['settings']['width']} values in one call")
+    axis.set_ylabel("microseconds (median; band: 10 to 90 %)")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+_DRAW: dict[str, Draw] = {"tenants": _draw_tenants, "scale": _draw_scale, "call": _draw_call}

@@ -38,7 +38,7 @@ class Worker:
 
     def __init__(self, name: str, inbox: queue.Queue[tuple[Worker, Message | None]]) -> None:
         self.name = name
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - `close` closes it
         self._process = subprocess.Popen(
             [sys.executable, "-m", _MODULE],
             stdin=subprocess.PIPE,

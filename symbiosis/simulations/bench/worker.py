@@ -61,7 +61,7 @@ def main() -> None:
         answers.flush()
 
     inbox = Inbox(sys.stdin).start()
-    roles: dict[str, Any] = {}
+    roles: dict[Role, Any] = {}
     for message in inbox:
         try:
             role, method = _COMMANDS[message["command"]]
@@ -101,6 +101,12 @@ def _writer(_: threading.Event, __: Say) -> Any:
     return Writer()
 
 
+def _caller(_: threading.Event, __: Say) -> Any:
+    from symbiosis.simulations.bench.caller import Caller  # noqa: PLC0415
+
+    return Caller()
+
+
 _COMMANDS: dict[str, tuple[Role, str]] = {
     "load": (_job, "load"),
     "threads": (_job, "threads"),
@@ -110,6 +116,8 @@ _COMMANDS: dict[str, tuple[Role, str]] = {
     "decode-on": (_job, "decode_on"),
     "serve": (_host, "serve"),
     "host-statistics": (_host, "statistics"),
+    "open-ways": (_caller, "open"),
+    "call": (_caller, "call"),
     "write-model": (_writer, "write"),
 }
 """Who answers a command, and with which method."""

@@ -301,7 +301,12 @@ def host_sign(
 def host_serve(
     state: Annotated[Path, typer.Argument(help="Directory of the host's authority.")],
     base: Annotated[str, typer.Option(help="A model directory, a hub id, or `builtin`.")] = "builtin",
-    listen: Annotated[str, typer.Option(help="host:port to listen on.")] = "127.0.0.1:8443",
+    listen: Annotated[
+        str | None, typer.Option(help="host:port to listen on; 127.0.0.1:8443 unless --shm is given alone.")
+    ] = None,
+    shm: Annotated[
+        Path | None, typer.Option(help="Socket for tenants on this machine, who connect to shm:PATH.")
+    ] = None,
     name: Annotated[
         list[str] | None, typer.Option(help="DNS name or address that tenants use; repeat for more.")
     ] = None,
@@ -323,26 +328,42 @@ def host_serve(
     from symbiosis.server.host import Host  # noqa: PLC0415
     from symbiosis.server.placement import usable_devices  # noqa: PLC0415
     from symbiosis.server.service import Service, ServiceConfig  # noqa: PLC0415
+    from symbiosis.server.shm_service import ShmConfig, ShmService  # noqa: PLC0415
     from symbiosis.simulations.builtin import resolve_base  # noqa: PLC0415
 
     executor = ExecutorConfig(workers=workers, threads=threads or None)
-    config, usable = ServiceConfig(address=listen), usable_devices(devices)
-    names = name or sorted({config.host, "127.0.0.1", "localhost"} - {"0.0.0.0", "::"})  # noqa: S104
-    credentials = Authority.load(state).issue_host(names)
+    config, usable = ServiceConfig(address=listen or "127.0.0.1:8443"), usable_devices(devices)
+    shared = ShmConfig(path=shm.expanduser().absolute()) if shm is not None else None
+    names = set(name or {config.host, "localhost"} - {"0.0.0.0", "::"})  # noqa: S104
+    if shared is not None or not name:
+        names.add("127.0.0.1")  # what tenants of shared memory look for
+    credentials = Authority.load(state).issue_host(sorted(names))
     policy = _choice(Publish, publish, "publishing policy")
     storage = _choice(Storage, weights, "way to hold weights")
     hosted = load_base(resolve_base(base), dtype=dtype, publish=policy, storage=storage, devices=usable)
-    with (
-        Host(hosted, executor=executor) as host,
-        Service(host, credentials, config) as service,
-        contextlib.suppress(KeyboardInterrupt),
-    ):
-        manifest = hosted.manifest
-        _console.print(f"Serving {manifest.base}: {len(manifest.layers)} layers on {service.address} (Ctrl-C ends it)")
+    with contextlib.ExitStack() as stack:
+        host = stack.enter_context(Host(hosted, executor=executor))
+        services: list[Service | ShmService] = []
+        if listen is not None or shared is None:
+            services.append(stack.enter_context(Service(host, credentials, config)))
+        if shared is not None:
+            services.append(stack.enter_context(ShmService(host, credentials, shared)))
+        stack.enter_context(contextlib.suppress(KeyboardInterrupt))
+        manifest, addresses = hosted.manifest, [service.address for service in services]
+        _console.print(
+            f"Serving {manifest.base}: {len(manifest.layers)} layers on {' and '.join(addresses)} (Ctrl-C ends it)"
+        )
         if json_:
-            _print_json({"address": service.address, "base": manifest.base, "layers": len(manifest.layers)})
+            _print_json(
+                {
+                    "address": addresses[0],
+                    "addresses": addresses,
+                    "base": manifest.base,
+                    "layers": len(manifest.layers),
+                }
+            )
             sys.stdout.flush()
-        service.wait()
+        services[0].wait()
     _console.print("stopped")
 
 

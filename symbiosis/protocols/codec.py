@@ -63,7 +63,7 @@ class Encoded:
     @property
     def byte_count(self) -> int:
         """Bytes of all chunks together, length prefixes included."""
-        return _framed_bytes(len(self.header), len(self.payload))
+        return message_bytes(len(self.header), len(self.payload))
 
     @property
     def chunk_count(self) -> int:
@@ -81,14 +81,14 @@ class Encoded:
                 return
 
 
-def _chunk_count(header_bytes: int, payload_bytes: int) -> int:
-    first = MAX_CHUNK_BYTES - _PREFIX.size - header_bytes
-    rest = max(0, payload_bytes - first)
-    return 1 + -(-rest // (MAX_CHUNK_BYTES - _PREFIX.size))
-
-
-def _framed_bytes(header_bytes: int, payload_bytes: int) -> int:
+def message_bytes(header_bytes: int, payload_bytes: int) -> int:
+    """Bytes of a message's chunks together, length prefixes included: what is counted whatever the transport."""
     return header_bytes + payload_bytes + _PREFIX.size * _chunk_count(header_bytes, payload_bytes)
+
+
+def _chunk_count(header_bytes: int, payload_bytes: int) -> int:
+    rest = max(0, payload_bytes - (MAX_CHUNK_BYTES - _PREFIX.size - header_bytes))
+    return 1 + -(-rest // (MAX_CHUNK_BYTES - _PREFIX.size))
 
 
 def encode_request(message: Request) -> Encoded:
@@ -165,6 +165,20 @@ def encode_reply(message: Reply) -> Encoded:
     """
     payload = memoryview(b"")
     match message:
+        case Answer():
+            payload = tensor_bytes(message.rows)
+        case Blob():
+            payload = memoryview(message.data)
+    return Encoded(header=reply_header(message), payload=payload)
+
+
+def reply_header(message: Reply) -> bytes:
+    """The header alone, for a payload that is already where it should be.
+
+    Raises:
+        DtypeError: rows of a dtype that the wire does not carry.
+    """
+    match message:
         case Welcome():
             header = pb.ReplyHeader(
                 welcome=pb.Welcome(
@@ -176,11 +190,9 @@ def encode_reply(message: Reply) -> Encoded:
                 )
             )
         case Answer():
-            payload = tensor_bytes(message.rows)
             header = _answer_header(message)
         case Blob():
-            payload = memoryview(message.data)
-            header = pb.ReplyHeader(number=message.number, blob=pb.Blob(byte_count=len(payload)))
+            header = pb.ReplyHeader(number=message.number, blob=pb.Blob(byte_count=len(message.data)))
         case Refusal():
             refusal = pb.Refusal(
                 code=message.code,
@@ -189,13 +201,13 @@ def encode_reply(message: Reply) -> Encoded:
                 retry_after_ms=message.retry_after_ms,
             )
             header = pb.ReplyHeader(number=message.number, refusal=refusal)
-    return Encoded(header=header.SerializeToString(), payload=payload)
+    return header.SerializeToString()
 
 
 def reply_byte_count(message: Reply) -> int:
     """Bytes of a reply's chunks together. Counted without making them where they are rows, which may be on a device."""
     if isinstance(message, Answer):
-        return _framed_bytes(_answer_header(message).ByteSize(), message.rows.nbytes)
+        return message_bytes(_answer_header(message).ByteSize(), message.rows.nbytes)
     return encode_reply(message).byte_count
 
 
@@ -214,13 +226,24 @@ def _wire_dtype(dtype: torch.dtype) -> pb.Dtype:
 
 _Message = TypeVar("_Message")
 
+Payload = bytearray | memoryview
+"""A payload that the reader owns, or one in memory that is shared with whoever sent it."""
+
+RowsReader = Callable[[Payload, torch.dtype, tuple[int, int]], torch.Tensor]
+"""Makes a tensor of a payload that has exactly its bytes."""
+
+
+def rows_in_place(data: Payload, dtype: torch.dtype, shape: tuple[int, int]) -> torch.Tensor:
+    """A tensor over the payload itself."""
+    return tensor_from_bytes(data, dtype=dtype, shape=shape)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pending(Generic[_Message]):
     """A message whose header was accepted and whose payload is still to come."""
 
     byte_count: int
-    finish: Callable[[bytearray], _Message]
+    finish: Callable[[Payload], _Message]
     kept: bool = True
     """Whether the payload is kept. That of a refused message is read past, and `finish` is given nothing."""
 
@@ -295,7 +318,11 @@ class Admit(Protocol):
 
 
 def request_reader(
-    *, expected_width: Callable[[tuple[int, ...], Direction], int], max_message_bytes: int, admit: Admit
+    *,
+    expected_width: Callable[[tuple[int, ...], Direction], int],
+    max_message_bytes: int,
+    admit: Admit,
+    rows_of: RowsReader = rows_in_place,
 ) -> HeaderReader[Request | Refusal]:
     """How the host reads headers.
 
@@ -303,6 +330,7 @@ def request_reader(
         expected_width: the row width that a group takes in a direction; raises for a group that is not there.
         max_message_bytes: the longest payload and the longest answer (bytes).
         admit: makes room for a call, or refuses it.
+        rows_of: how a payload becomes rows.
 
     Returns:
         A reader whose messages are requests, and refusals of calls that were not admitted.
@@ -316,24 +344,25 @@ def request_reader(
         if kind == "fetch":
             return _empty(_read_fetch(parsed.fetch))
         if kind == "call":
-            return _read_call(parsed.call, expected_width, max_message_bytes, admit)
+            return _read_call(parsed.call, expected_width, max_message_bytes, admit, rows_of)
         raise FrameError("a request has no kind")
 
     return read
 
 
-def reply_reader(*, max_payload_bytes: Callable[[], int]) -> HeaderReader[Reply]:
+def reply_reader(*, max_payload_bytes: Callable[[], int], rows_of: RowsReader = rows_in_place) -> HeaderReader[Reply]:
     """How the tenant reads headers.
 
     Args:
         max_payload_bytes: what the outstanding request can be answered with at most (bytes).
+        rows_of: how a payload becomes rows.
     """
 
     def read(header: bytes) -> Pending[Reply]:
         parsed = _parse(pb.ReplyHeader, header)
         kind, number, limit = parsed.WhichOneof("kind"), parsed.number, max_payload_bytes()
         if kind == "answer":
-            return _read_answer(parsed.answer, number, limit)
+            return _read_answer(parsed.answer, number, limit, rows_of)
         if kind == "blob":
             count = _within(parsed.blob.byte_count, limit)
             return Pending(byte_count=count, finish=lambda data: Blob(number=number, data=bytes(data)))
@@ -407,6 +436,7 @@ def _read_call(
     expected_width: Callable[[tuple[int, ...], Direction], int],
     max_message_bytes: int,
     admit: Admit,
+    rows_of: RowsReader,
 ) -> Pending[Request | Refusal]:
     direction = _DIRECTION_FROM_WIRE.get(call.direction)
     if direction is None:
@@ -427,8 +457,8 @@ def _read_call(
         refusal = refusal_of(error, number=call.number)
         return Pending(byte_count=call.byte_count, finish=lambda _: refusal, kept=False)
 
-    def finish(data: bytearray) -> Request:
-        rows = tensor_from_bytes(data, dtype=dtype, shape=shape)
+    def finish(data: Payload) -> Request:
+        rows = rows_of(data, dtype, shape)
         return Call(number=call.number, layers=layers, direction=direction, rows=rows, segments=segments)
 
     return Pending(byte_count=call.byte_count, finish=finish)
@@ -441,11 +471,11 @@ def _read_segments(call: pb.Call) -> tuple[Segment, ...]:
     return tuple(Segment(matrix=matrix, rows=rows) for matrix, rows in pairs)
 
 
-def _read_answer(answer: pb.Answer, number: int, limit: int) -> Pending[Reply]:
+def _read_answer(answer: pb.Answer, number: int, limit: int, rows_of: RowsReader) -> Pending[Reply]:
     dtype, shape = _tensor_spec(answer.dtype, answer.rows, answer.width, answer.byte_count, limit)
 
-    def finish(data: bytearray) -> Reply:
-        return Answer(number=number, rows=tensor_from_bytes(data, dtype=dtype, shape=shape))
+    def finish(data: Payload) -> Reply:
+        return Answer(number=number, rows=rows_of(data, dtype, shape))
 
     return Pending(byte_count=answer.byte_count, finish=finish)
 

@@ -12,12 +12,13 @@ from types import TracebackType
 import torch
 
 from symbiosis import __version__
-from symbiosis.errors import SymbiosisError, VersionError
+from symbiosis.errors import VersionError
 from symbiosis.protocols.codec import Reply, Request
 from symbiosis.protocols.limits import PROTOCOL_VERSION
 from symbiosis.protocols.messages import Answer, Blob, BlobKind, Call, Direction, Fetch, Hello, Welcome, check_rows
-from symbiosis.protocols.status import Refusal, refusal_of
+from symbiosis.protocols.status import Refusal
 from symbiosis.server.admission import Admission, AdmissionConfig, Ticket
+from symbiosis.server.answering import refuse
 from symbiosis.server.base import HostedBase
 from symbiosis.server.executor import Executor, ExecutorConfig
 
@@ -66,7 +67,7 @@ class Host:
 
         def answered(answer: torch.Tensor | Exception) -> None:
             if isinstance(answer, Exception):
-                done(refusal_of(answer, number=call.number))
+                done(refuse(tenant, answer, number=call.number))
                 return
             with self._lock:
                 self._rows[tenant] += call.rows.shape[0]
@@ -77,8 +78,8 @@ class Host:
             check_rows(call.rows, width=width)
             self.base.manifest.check_segments(call.layers, call.segments, rows=call.rows.shape[0])
             self._executor.submit(tenant, call, self.base.group(call.layers), answered, out=out)
-        except SymbiosisError as error:
-            done(refusal_of(error, number=call.number))
+        except Exception as error:
+            done(refuse(tenant, error, number=call.number))
 
     def expected_width(self, layers: tuple[int, ...], direction: Direction) -> int:
         """See `protocols.transport.Handler`."""

@@ -42,14 +42,20 @@ class Inbox:
             yield self._commands.get()
 
     def _read(self) -> None:
-        for line in self._source:
-            message = json.loads(line)
-            if message["command"] == "stop":
-                self.stopped.set()
-                continue
-            self.stopped.clear()
-            self._commands.put(message)
-        os._exit(0)  # nobody listens any more; a product may be under way that cannot be interrupted otherwise
+        code = 1
+        try:
+            for line in self._source:
+                message = json.loads(line)
+                if message["command"] == "stop":
+                    self.stopped.set()
+                    continue
+                self.stopped.clear()
+                self._commands.put(message)
+            code = 0
+        except Exception:
+            traceback.print_exc()
+        # Nobody listens any more; a product may be under way that cannot be interrupted otherwise.
+        os._exit(code)
 
 
 def main() -> None:

@@ -126,7 +126,9 @@ class Job:
         self.optimizer.zero_grad(set_to_none=True)  # of a step that ran out of memory
         for _ in range(steps):
             loss = self.model(input_ids=self._text, labels=self._text, use_cache=False).loss
-            loss.backward()
+            # Autograd has one thread for each GPU, and calls of its tenants would wait for one another there.
+            with torch.autograd.set_multithreading_enabled(False):
+                loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.losses.append(float(loss.detach()))

@@ -229,7 +229,10 @@ def main() -> None:
     """Run it, print the result, keep it where it belongs."""
     settings, out = read_settings()
     started = time.monotonic()
-    result = where_and_what(settings) | compare(settings)
+    try:
+        result = where_and_what(settings) | compare(settings)
+    except SideError as error:
+        sys.exit(f"error: {error}")
     result["seconds"] = round(time.monotonic() - started, 1)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

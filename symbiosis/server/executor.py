@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -19,7 +19,7 @@ import torch
 
 from symbiosis.errors import ConfigurationError, HostUnavailableError
 from symbiosis.protocols.messages import Call, Segment, cut_segments
-from symbiosis.server.batching import BatchConfig, BatchKey, Take, Waiting, decide
+from symbiosis.server.batching import BatchConfig, BatchKey, Decision, Waiting, decide, is_interactive
 from symbiosis.server.fairness import FairnessConfig, Service
 from symbiosis.server.linear import answer_width, multiply
 from symbiosis.server.pace import Pace
@@ -30,6 +30,9 @@ _log = logging.getLogger(__name__)
 
 Answered = Callable[["torch.Tensor | Exception"], None]
 """Told the answer, or why there is none; called once, by a worker."""
+
+_GATHERING = 3
+"""One batch in so many goes to who was served least, the others to the largest group (batching, rule 2)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,10 +70,16 @@ class _Job:
     answered: Answered
     arrived_s: float
     taken: int = 0
-    """Rows that a batch has taken; the first of them may be computed still."""
+    """Rows that batches have taken, from the first on."""
     computed: int = 0
-    ended: bool = False
-    """Whether its answer, or its failure, was told."""
+    """As many of them as are not in a batch any more."""
+    failure: Exception | None = None
+    """Why the call has no answer."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing is being computed for it, nor will be: only then its places are its sender's again."""
+        return self.computed == self.taken and (self.failure is not None or self.taken == self.rows.shape[0])
 
     def as_waiting(self) -> Waiting:
         total = self.rows.shape[0]
@@ -93,6 +102,15 @@ class _Part:
     rows: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Batch:
+    """What one worker computes at once."""
+
+    parts: list[_Part]
+    bulk: bool
+    """Whether the call at its head is."""
+
+
 class Executor:
     """Workers that evaluate frozen layers for everybody. Started by `start`, ended by `close`; a context manager.
 
@@ -110,6 +128,9 @@ class Executor:
         self._rate = Rate(floor_rows=self._config.batching.floor_rows)
         self._wake = threading.Condition()
         self._closed = False
+        self._begun = 0
+        self._bulk_running = 0
+        self._bulk_ended_s = float("-inf")
         self._workers: list[threading.Thread] = []
         self.batches = 0
         self.calls = 0
@@ -117,10 +138,15 @@ class Executor:
 
     def start(self) -> Executor:
         """Start the workers."""
+        ready = threading.Barrier(self._config.workers + 1)
         for number in range(self._config.workers):
-            worker = threading.Thread(target=self._run, name=f"symbiosis-executor-{number}", daemon=True)
+            worker = threading.Thread(target=self._run, args=(ready,), name=f"symbiosis-executor-{number}", daemon=True)
             self._workers.append(worker)
             worker.start()
+        ready.wait()
+        if self._config.threads is not None:
+            # A thread that is new to PyTorch takes the number that was set last, by whom ever: let it be ours again.
+            torch.set_num_threads(torch.get_num_threads())
         return self
 
     def submit(
@@ -159,8 +185,8 @@ class Executor:
         with self._wake:
             if self._closed:
                 raise HostUnavailableError("the host is shutting down", "Connect again in a moment")
-            self._pace.arrived(tenant, key, call.rows.shape[0], now_s=job.arrived_s)
-            self._service.arrive(tenant, now_s=job.arrived_s)
+            self._pace.arrived(tenant, key, now_s=job.arrived_s)
+            self._service.arrive(tenant, macs_per_s=self._rate.macs_per_s)
             self._waiting.append(job)
             self._wake.notify()
 
@@ -178,77 +204,107 @@ class Executor:
     def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
         self.close()
 
-    def _run(self) -> None:
+    def _run(self, ready: threading.Barrier) -> None:
         if self._config.threads is not None:
             # OpenMP keeps the number per thread, so that a tenant in the same process keeps its own.
             torch.set_num_threads(self._config.threads)
-        while parts := self._take():
-            started_s = self._clock()
-            try:
-                _compute(parts, self._config.threads_per_product)
-                failure = None
-            except Exception as error:
-                _log.exception("a batch of %d calls failed", len(parts))
-                failure = error
-            self._finish(parts, failure, started_s)
+        ready.wait()
+        while self._work():
+            pass
 
-    def _take(self) -> list[_Part]:
-        """The next batch; waits for one, and is empty at the end."""
+    def _work(self) -> bool:
+        """Wait for a batch and compute it; whether there was one. What it held is let go when it returns."""
+        batch = self._take()
+        if batch is None:
+            return False
+        started_s, failure = self._clock(), None
+        try:
+            self._make_places(batch.parts)
+            _compute(batch.parts, self._config.threads_per_product)
+        except Exception as error:
+            _log.exception("a batch of %d calls failed", len(batch.parts))
+            failure = error.with_traceback(None)  # it would hold the rows of everybody in the batch
+        for job in self._finish(batch, failure, started_s):
+            try:
+                job.answered(job.failure or _place(job))
+            except Exception:
+                _log.exception("an answer could not be handed over")
+        return True
+
+    def _take(self) -> _Batch | None:
+        """The next batch; waits for one, and gives none at the end."""
         with self._wake:
             while True:
                 timeout_s = None
                 if self._waiting:
-                    now_s = self._clock()
-                    decision = decide(
-                        [job.as_waiting() for job in self._waiting],
-                        served=self._service.macs,
-                        expected=[] if self._closed else self._pace.expected(now_s),
-                        macs_per_s=self._rate.macs_per_s,
-                        now_s=now_s,
-                        config=self._config.batching,
-                    )
+                    decision = self._decide()
                     if decision.batch:
-                        return self._begin(decision.batch)
-                    timeout_s = None if decision.again_s is None else max(0.0, decision.again_s - now_s)
+                        return self._begin(decision)
+                    timeout_s = None if decision.again_s is None else max(0.0, decision.again_s - self._clock())
                 elif self._closed:
-                    return []
+                    return None
                 self._wake.wait(timeout_s)
 
-    def _begin(self, batch: Sequence[Take]) -> list[_Part]:
+    def _decide(self) -> Decision:
+        now_s = self._clock()
+        return decide(
+            [job.as_waiting() for job in self._waiting],
+            served=self._service.macs,
+            expected=[] if self._closed else self._pace.expected(now_s),
+            macs_per_s=self._rate.macs_per_s,
+            now_s=now_s,
+            config=self._config.batching,
+            bulk_ended_s=float("inf") if self._bulk_running else self._bulk_ended_s,
+            gather=self._begun % _GATHERING != 0,
+        )
+
+    def _begin(self, decision: Decision) -> _Batch:
         parts = []
-        for take in batch:
+        for take in decision.batch:
             job = self._waiting[take.position]
-            if job.out is None:
-                job.out = job.rows.new_empty((job.rows.shape[0], answer_width(job.weights, job.key.direction)))
             parts.append(_Part(job=job, start=job.taken, rows=take.rows))
             job.taken += take.rows
             self._service.serve(job.tenant, take.rows * job.macs_per_row)
+        for job in [part.job for part in parts if part.job.taken == part.job.rows.shape[0]]:
+            self._service.leave(job.tenant)
         self._waiting = [job for job in self._waiting if job.taken < job.rows.shape[0]]
+        self._begun += 1
+        self._bulk_running += decision.bulk
         if self._waiting:
             self._wake.notify()  # another worker may find a batch, too
-        return parts
+        return _Batch(parts=parts, bulk=decision.bulk)
 
-    def _finish(self, parts: list[_Part], failure: Exception | None, started_s: float) -> None:
+    def _make_places(self, parts: list[_Part]) -> None:
+        """Room for the answers; several workers may compute parts of one call."""
+        with self._wake:
+            for job in [part.job for part in parts if part.job.out is None]:
+                job.out = job.rows.new_empty((job.rows.shape[0], answer_width(job.weights, job.key.direction)))
+
+    def _finish(self, batch: _Batch, failure: Exception | None, started_s: float) -> list[_Job]:
+        """Count a batch; the calls that ended with it."""
         now_s = self._clock()
-        done: list[_Job] = []
+        ended = []
         with self._wake:
             self.batches += 1
-            self.calls += len(parts)
+            self.calls += len(batch.parts)
+            if batch.bulk:
+                self._bulk_running -= 1
+                self._bulk_ended_s = now_s
             if failure is None:
-                rows = sum(part.rows for part in parts)
-                self._rate.measured(rows=rows, macs_per_row=parts[0].job.macs_per_row, seconds=now_s - started_s)
-            for job in {id(part.job): part.job for part in parts}.values():
-                job.computed += sum(part.rows for part in parts if part.job is job)
-                if job.ended or (failure is None and job.computed < job.rows.shape[0]):
-                    continue
-                if job in self._waiting:  # the rest of a call that failed would be of no use
+                rows = sum(part.rows for part in batch.parts)
+                self._rate.measured(rows=rows, macs_per_row=batch.parts[0].job.macs_per_row, seconds=now_s - started_s)
+            for part in batch.parts:  # a batch takes rows of a call once
+                job = part.job
+                job.computed += part.rows
+                job.failure = job.failure or failure
+                if job.failure is not None and job in self._waiting:  # the rest would be of no use
                     self._waiting.remove(job)
-                job.ended = True
-                done.append(job)
-                self._service.leave(job.tenant, now_s=now_s)
-                self._pace.answered(job.tenant, job.key, job.rows.shape[0], now_s=now_s)
-        for job in done:
-            job.answered(failure or _place(job))
+                    self._service.leave(job.tenant)
+                if job.has_ended:
+                    ended.append(job)
+                    interactive = is_interactive(job.rows.shape[0], self._config.batching)
+                    self._pace.answered(job.tenant, job.key, interactive=interactive, now_s=now_s)
+        return ended
 
 
 @torch.no_grad()

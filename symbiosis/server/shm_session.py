@@ -233,9 +233,11 @@ class ShmSession:
     # --- answers, on whatever thread brings them
 
     def _finish(self, reply: Answer | Refusal, out: torch.Tensor) -> None:
-        in_place = isinstance(reply, Refusal) or reply.rows is out
-        payload = b"" if in_place else encode_reply(reply).payload
-        self._send(reply_header(reply), payload)
+        try:
+            in_place = isinstance(reply, Refusal) or reply.rows is out
+            self._send(reply_header(reply), b"" if in_place else encode_reply(reply).payload)
+        except Exception as error:  # an answer that nobody can send must not leave the tenant waiting
+            self._send(reply_header(refuse(self._peer.tenant, error, number=reply.number)))
 
     def _send(self, header: bytes, payload: bytes | memoryview = b"") -> None:
         ticket, self._call_ticket = self._call_ticket, None

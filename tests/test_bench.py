@@ -298,7 +298,7 @@ def test_a_process_that_is_gone_has_no_memory() -> None:
 
 def test_what_does_not_fit_is_not_begun() -> None:
     require_memory(1 << 20, "a little")
-    with pytest.raises(BenchmarkError, match="eight copies needs about 1000000.0 GB"):
+    with pytest.raises(BenchmarkError, match=r"eight copies needs about 1000000\.0 GB"):
         require_memory(10**15, "eight copies")
 
 

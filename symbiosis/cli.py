@@ -421,6 +421,65 @@ def bench_tenants(  # one option per setting; Typer reads them from the signatur
     _bench(lambda report: run_tenants(config, report=report), tenants_table, out=out, json_=json_)
 
 
+@bench_app.command("scale")
+def bench_scale(  # one option per setting; Typer reads them from the signature
+    tenants: Annotated[str, typer.Option(help="Numbers of tenants, ascending, separated by commas.")] = "1,2,4,8,16,32",
+    rounds: Annotated[int, typer.Option(help="Rounds of each kind that a speed is the median of.")] = 3,
+    preset: Annotated[str, typer.Option(help="Model and work: default, or tiny, which takes seconds.")] = "default",
+    transport: Annotated[str, typer.Option(help="Way to the host: shm or grpc.")] = "shm",
+    models: Annotated[Path | None, typer.Option(help="Directory for the model, which is written once.")] = None,
+    out: BenchOut = None,
+    json_: Json = False,
+) -> None:
+    """How memory and speed grow with the number of tenants, and of separate PEFT processes."""
+    from symbiosis.simulations.bench.config import (  # noqa: PLC0415 - commands load what they need
+        DEFAULT_MODELS,
+        ScaleConfig,
+        numbers_of,
+        preset_of,
+    )
+    from symbiosis.simulations.bench.display import scale_table  # noqa: PLC0415
+    from symbiosis.simulations.bench.scale import run_scale  # noqa: PLC0415
+
+    chosen = preset_of(preset)
+    config = ScaleConfig(
+        tenants=numbers_of(tenants),
+        rounds=rounds,
+        shape=chosen.train,
+        work=chosen.scale_work,
+        transport=transport,
+        models=models or DEFAULT_MODELS,
+    )
+    _bench(lambda report: run_scale(config, report=report), scale_table, out=out, json_=json_)
+
+
+@bench_app.command("call")
+def bench_call(  # one option per setting; Typer reads them from the signature
+    rows: Annotated[str, typer.Option(help="Rows of a call, separated by commas.")] = "1,8,32,128,512,2048",
+    width: Annotated[int, typer.Option(help="Width of rows and answers, float32.")] = 2048,
+    transports: Annotated[str, typer.Option(help="Of inprocess, shm, grpc; separated by commas.")] = (
+        "inprocess,shm,grpc"
+    ),
+    blocks: Annotated[int, typer.Option(help="How often everything is gone through.")] = 3,
+    models: Annotated[Path | None, typer.Option(help="Directory for the model, which is written once.")] = None,
+    out: BenchOut = None,
+    json_: Json = False,
+) -> None:
+    """What one call costs by rows and transport, next to the bare product and a bare copy."""
+    from symbiosis.simulations.bench.call import run_call  # noqa: PLC0415 - commands load what they need
+    from symbiosis.simulations.bench.config import DEFAULT_MODELS, CallConfig, numbers_of  # noqa: PLC0415
+    from symbiosis.simulations.bench.display import call_table  # noqa: PLC0415
+
+    config = CallConfig(
+        rows=numbers_of(rows),
+        width=width,
+        transports=tuple(name.strip() for name in transports.split(",")),
+        blocks=blocks,
+        models=models or DEFAULT_MODELS,
+    )
+    _bench(lambda report: run_call(config, report=report), call_table, out=out, json_=json_)
+
+
 def _bench(
     run: Callable[[Callable[[str], None]], dict[str, Any]],
     table: Callable[[Mapping[str, Any]], RenderableType],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,7 @@ class Preset:
     train_work: Work = field(default_factory=Work)
     decode_work: Work = field(default_factory=Work)
     mixed_work: Work = field(default_factory=Work)
+    scale_work: Work = field(default_factory=lambda: Work(tokens=64, new_tokens=8))
     mixed_window_s: float = 20.0
     """How long one side works in a mixed round."""
     memory_window_s: float = 15.0
@@ -101,21 +102,22 @@ ONE_B = ModelShape(name="1b", width=2048, inner=8192, layers=16, heads=32, kv_he
 THREE_HUNDRED_M = ModelShape(name="300m", width=1024, inner=4096, layers=18, heads=16, kv_heads=4)
 TRAINED = ModelShape(name="train", width=1024, inner=4096, layers=12, heads=16, kv_heads=4, dtype="float32")
 
-_TINY = {"width": 64, "inner": 128, "layers": 2, "heads": 4, "kv_heads": 2, "vocabulary": 256}
+_TINY = ModelShape(name="tiny", width=64, inner=128, layers=2, heads=4, kv_heads=2, vocabulary=256)
 _TINY_WORK = Work(tokens=8, prompt_tokens=4, new_tokens=3)
 
 PRESETS = {
     "default": Preset(name="default", memory=ONE_B, memory_small=THREE_HUNDRED_M, train=TRAINED, decode=ONE_B),
     "tiny": Preset(
         name="tiny",
-        memory=ModelShape(name="tiny-memory", **_TINY),
-        memory_small=ModelShape(name="tiny-memory-small", **_TINY | {"layers": 1}),
-        train=ModelShape(name="tiny-train", dtype="float32", **_TINY),
-        decode=ModelShape(name="tiny-decode", **_TINY),
+        memory=_TINY,
+        memory_small=replace(_TINY, name="tiny-small", layers=1),
+        train=replace(_TINY, name="tiny-train", dtype="float32"),
+        decode=_TINY,
         memory_work=_TINY_WORK,
         train_work=_TINY_WORK,
         decode_work=_TINY_WORK,
         mixed_work=_TINY_WORK,
+        scale_work=_TINY_WORK,
         mixed_window_s=0.3,
         memory_window_s=1.0,
     ),
@@ -151,6 +153,67 @@ class TenantsConfig:
         _check_transport(self.transport)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScaleConfig:
+    """`bench scale`: growth with the number of tenants."""
+
+    tenants: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    """Ascending."""
+    rounds: int = 3
+    shape: ModelShape = TRAINED
+    work: Work = field(default_factory=lambda: PRESETS["default"].scale_work)
+    transport: str = "shm"
+    models: Path = DEFAULT_MODELS
+
+    def __post_init__(self) -> None:
+        if not self.tenants or self.tenants[0] < 1 or list(self.tenants) != sorted(set(self.tenants)):
+            raise ConfigurationError(f"{self.tenants} are not ascending numbers of tenants", "Write 1,2,4,8")
+        if self.rounds < 1:
+            raise ConfigurationError("a benchmark needs a round", "Raise --rounds")
+        _check_transport(self.transport)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CallConfig:
+    """`bench call`: the cost of one call."""
+
+    rows: tuple[int, ...] = (1, 8, 32, 128, 512, 2048)
+    width: int = 2048
+    """Of rows and answers, float32; a multiple of 64."""
+    transports: tuple[str, ...] = ("inprocess", "shm", "grpc")
+    blocks: int = 3
+    """How often all ways and sizes are gone through."""
+    block_s: float = 0.5
+    """How long one way with one size is timed in a block (seconds)."""
+    calls_per_block: int = 200
+    """How often at most."""
+    models: Path = DEFAULT_MODELS
+
+    def __post_init__(self) -> None:
+        if not self.rows or min(self.rows) < 1 or self.blocks < 1:
+            raise ConfigurationError("a call needs a row, and a benchmark a block", "Raise the number")
+        if self.width < 64 or self.width % 64:
+            raise ConfigurationError(f"a width of {self.width}", "Choose a multiple of 64")
+        unknown = set(self.transports) - {"inprocess", "shm", "grpc"}
+        if unknown:
+            raise ConfigurationError(f"there is no transport {sorted(unknown)[0]!r}", "Use inprocess, shm or grpc")
+
+    @property
+    def shape(self) -> ModelShape:
+        """The smallest model with a square matrix of the width."""
+        heads = self.width // 64
+        return ModelShape(
+            name=f"call-{self.width}",
+            width=self.width,
+            inner=64,
+            layers=1,
+            heads=heads,
+            kv_heads=heads,
+            vocabulary=64,
+            dtype="float32",
+        )
+
+
 def preset_of(name: str) -> Preset:
     """The preset of that name.
 
@@ -173,6 +236,18 @@ def sections_of(names: str) -> tuple[Section, ...]:
     if unknown:
         raise ConfigurationError(f"there is no section {sorted(unknown)[0]!r}", f"Choose from {', '.join(Section)}")
     return tuple(section for section in Section if section.value in wanted) or tuple(Section)
+
+
+def numbers_of(text: str) -> tuple[int, ...]:
+    """Whole numbers separated by commas.
+
+    Raises:
+        ConfigurationError: something else.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigurationError(f"{text!r} is not a list of numbers", "Write 1,2,4,8") from None
 
 
 def _check_transport(name: str) -> None:

@@ -45,6 +45,41 @@ def tenants_table(result: Mapping[str, Any]) -> RenderableType:
     return Group(table, Text(f"{where}, {result['seconds']:.0f} s"))
 
 
+def scale_table(result: Mapping[str, Any]) -> RenderableType:
+    """Memory and speed of both sides by number of processes."""
+    table = Table(title="tenants of one host, and separate jobs")
+    table.add_column("number", justify="right")
+    for side in ("tenants", "jobs"):
+        for what in ("memory", "training tokens/s", "generation tokens/s"):
+            table.add_column(f"{side}: {what}", justify="right")
+    by_count = [{point["count"]: point for point in result[side]} for side in ("ours", "theirs")]
+    for count in result["settings"]["tenants"]:
+        cells = [cell for points in by_count for cell in _point_cells(points.get(count))]
+        table.add_row(str(count), *cells)
+    slopes = [result[key] for key in ("memory_per_tenant_bytes", "memory_per_separate_job_bytes")]
+    words = ["not known" if slope is None else f"{slope / 1e6:,.0f} MB" for slope in slopes]
+    return Group(table, Text(f"Each further tenant holds {words[0]}, each further separate job {words[1]}."))
+
+
+def _point_cells(point: Mapping[str, Any] | None) -> list[str]:
+    if point is None:
+        return ["-"] * 3
+    speeds = [f"{point[key]['median']:,.1f}" for key in ("train_tokens_per_s", "decode_tokens_per_s")]
+    return [_gigabytes(point["memory"]["total"]), *speeds]
+
+
+def call_table(result: Mapping[str, Any]) -> RenderableType:
+    """Medians by way and rows."""
+    settings = result["settings"]
+    table = Table(title=f"one call, {settings['width']} to {settings['width']} {settings['dtype']}, microseconds")
+    table.add_column("rows", justify="right")
+    for way in result["median_us"]:
+        table.add_column({"product": "bare product", "copy": "bare copy"}.get(way, way), justify="right")
+    for rows in settings["rows"]:
+        table.add_row(str(rows), *(f"{medians[str(rows)]:,.0f}" for medians in result["median_us"].values()))
+    return table
+
+
 def _row(key: str, title: str, goal: str, result: Mapping[str, Any]) -> list[str]:
     section = result[_SECTION_OF[key]]
     if key.startswith("memory"):

@@ -33,6 +33,9 @@ class Job:
         self._stopped = stopped
         self._say = say
         self._base: Any = None
+        self._model: Any = None
+        self._optimizer: Any = None
+        self._cache: Any = None
         self._work = Work()
         self._index = 0
 

@@ -18,7 +18,7 @@ from symbiosis.simulations.bench.config import HostOptions, ModelShape, TenantsC
 from symbiosis.simulations.bench.interleaving import check_losses
 from symbiosis.simulations.bench.memory import Memory, memory_of, require_memory
 from symbiosis.simulations.bench.processes import Message, Pool, Worker
-from symbiosis.simulations.bench.sides import Ours, Side, Theirs
+from symbiosis.simulations.bench.sides import OBSERVE_S, Ours, Side, Theirs
 from symbiosis.simulations.bench.statistics import summary
 
 Report = Callable[[str], None]
@@ -26,7 +26,6 @@ Report = Callable[[str], None]
 _STEPS = 2
 _WARM_UP_TOKENS = 2
 """The fewest that have a loss."""
-_TICK_S = 0.25
 _JOB_BYTES = 700 << 20
 """What a process needs beside the weights, for the check beforehand: libraries, adapter, optimizer, activations."""
 _LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
@@ -132,7 +131,7 @@ def sample(side: Side, *, window_s: float) -> SideMemory:
     """Let a side that has loaded work, and look; the module's docstring says for how long. It works on afterwards."""
     warm_up = side.run("train", steps=1, tokens=_WARM_UP_TOKENS)
     forwards, steps = set[Worker](), Counter[Worker]()
-    samples, host, ticks_left = list[Memory](), list[Memory](), max(1, round(window_s / _TICK_S))
+    samples, host, ticks_left = list[Memory](), list[Memory](), max(1, round(window_s / OBSERVE_S))
 
     def on_event(worker: Worker, message: Message) -> None:
         if message["event"] == "forward":
@@ -154,5 +153,5 @@ def sample(side: Side, *, window_s: float) -> SideMemory:
 
     for worker in side.workers:
         worker.send("train-on", {})
-    side.pool.wait(side.workers, on_event=on_event, tick=tick, tick_s=_TICK_S)
+    side.pool.wait(side.workers, on_event=on_event, tick=tick, tick_s=OBSERVE_S)
     return SideMemory(samples=tuple(samples), host=tuple(host), warm_up=warm_up.answers, finished_steps=finished())

@@ -24,8 +24,7 @@ def model_directory(shape: ModelShape, folder: Path, pool: Pool) -> Path:
     Raises:
         BenchmarkError: it cannot be written.
     """
-    text = json.dumps(shape.to_json() | {"form": _FORM, "seed": _SEED}, sort_keys=True)
-    directory = folder.expanduser() / f"{shape.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    directory = folder.expanduser() / directory_name(shape)
     if not directory.is_dir():
         try:
             directory.parent.mkdir(parents=True, exist_ok=True)
@@ -36,6 +35,12 @@ def model_directory(shape: ModelShape, folder: Path, pool: Pool) -> Path:
         pool.ask([writer], "write-model", shape=fields, directory=str(directory))
         pool.end([writer])
     return directory
+
+
+def directory_name(shape: ModelShape) -> str:
+    """A name that no other shape has."""
+    text = json.dumps(shape.to_json() | {"form": _FORM, "seed": _SEED}, sort_keys=True)
+    return f"{shape.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 class Writer:
@@ -80,6 +85,5 @@ def write_model(shape: ModelShape, directory: str) -> None:
     target = Path(directory)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         model.save_pretrained(scratch)
-        os.chmod(scratch, 0o755)
         os.replace(scratch, target)
         os.mkdir(scratch)  # for the context manager to remove

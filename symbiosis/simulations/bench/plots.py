@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,26 @@ def write_result(result: Mapping[str, Any], directory: Path) -> None:
 
 
 def _draw_tenants(figure: Any, result: Mapping[str, Any]) -> None:
-    left, right = figure.subplots(1, 2, width_ratios=[1, 1.6])
-    sections = [(key, result[key]) for key in ("memory", "memory_300m") if key in result]
+    memory = [result[key] for key in ("memory", "memory_300m") if key in result]
+    speeds = {key.replace("_", " over "): result[key] for key in _SPEEDS if key in result}
+    panels: list[tuple[float, Callable[[Any], None]]] = []
+    if memory:
+        panels.append((1.0, lambda axis: _draw_memory(axis, memory)))
+    if speeds:
+        panels.append((1.4, lambda axis: _draw_ratios(axis, speeds)))
+    axes = figure.subplots(1, len(panels), width_ratios=[width for width, _ in panels], squeeze=False)[0]
+    for axis, (_, draw) in zip(axes, panels, strict=True):
+        draw(axis)
+    figure.suptitle(f"{result['settings']['tenants']} tenants of one host, and as many separate jobs", fontsize=11)
+
+
+_SPEEDS = ("train", "train_grpc", "decode", "mixed")
+
+
+def _draw_memory(axis: Any, sections: Sequence[Mapping[str, Any]]) -> None:
     bars = [
         (f"{section['model']['name']}\n{label}", section[side]["peak"]["total"] / 1e9, color)
-        for _, section in sections
+        for section in sections
         for side, label, color in (
             ("theirs", "jobs", "tab:gray"),
             ("theirs_own_weights", "jobs, own\nweights", "lightgray"),
@@ -56,20 +71,67 @@ def _draw_tenants(figure: Any, result: Mapping[str, Any]) -> None:
         )
         if side in section
     ]
-    left.bar(range(len(bars)), [bar[1] for bar in bars], color=[bar[2] for bar in bars])
-    left.set_xticks(range(len(bars)), [bar[0] for bar in bars], fontsize=7)
-    left.set_ylabel("PSS of all processes, peak (GB)")
-    left.set_title(f"memory, {result['settings']['tenants']} adapters", fontsize=10)
-    names = [name for name in ("train", "train_grpc", "decode", "mixed") if name in result]
-    for place, name in enumerate(names):
-        ratios = result[name]["ratios"]
-        right.scatter([place] * len(ratios), ratios, color="tab:blue", alpha=0.5, s=18)
-        right.hlines(result[name]["ratio"]["median"], place - 0.25, place + 0.25, color="black")
-    right.axhline(1.0, color="tab:gray", linewidth=0.8, linestyle="--")
-    right.set_xticks(range(len(names)), [name.replace("_", " over ") for name in names])
-    right.set_ylim(bottom=0)
-    right.set_ylabel("tokens/s, tenants over separate jobs")
-    right.set_title("every pair of rounds, and the median", fontsize=10)
+    places = range(len(bars))
+    axis.bar(places, [height for _, height, _ in bars], color=[color for _, _, color in bars])
+    axis.set_xticks(places, [label for label, _, _ in bars], fontsize=7)
+    axis.set_ylabel("PSS of all processes, peak (GB)")
+    axis.set_title("memory, one side alive at a time", fontsize=10)
 
 
-_DRAW: dict[str, Draw] = {"tenants": _draw_tenants}
+def _draw_ratios(axis: Any, sections: Mapping[str, Mapping[str, Any]]) -> None:
+    for place, section in enumerate(sections.values()):
+        axis.scatter([place] * len(section["ratios"]), section["ratios"], color="tab:blue", alpha=0.5, s=18)
+        axis.hlines(section["ratio"]["median"], place - 0.25, place + 0.25, color="black")
+    axis.axhline(1.0, color="tab:gray", linewidth=0.8, linestyle="--")
+    axis.set_xticks(range(len(sections)), list(sections))
+    axis.set_ylim(bottom=0)
+    axis.set_ylabel("tokens/s, tenants over separate jobs")
+    axis.set_title("speed: every pair of rounds, and the median", fontsize=10)
+
+
+def _draw_scale(figure: Any, result: Mapping[str, Any]) -> None:
+    axes = figure.subplots(1, 3)
+    titles = ("memory (GB)", "training (tokens/s)", "generation (tokens/s)")
+    for axis, title, read in zip(axes, titles, _SCALE_READERS, strict=True):
+        for side, label, color in (("theirs", "separate jobs", "tab:gray"), ("ours", "tenants", "tab:blue")):
+            points = result[side]
+            axis.plot(
+                [point["count"] for point in points], [read(point) for point in points], "o-", color=color, label=label
+            )
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("processes with an adapter each")
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+
+
+_SCALE_READERS: tuple[Callable[[Mapping[str, Any]], float], ...] = (
+    lambda point: point["memory"]["total"] / 1e9,
+    lambda point: point["train_tokens_per_s"]["median"],
+    lambda point: point["decode_tokens_per_s"]["median"],
+)
+
+
+def _draw_call(figure: Any, result: Mapping[str, Any]) -> None:
+    axis = figure.subplots()
+    rows = result["settings"]["rows"]
+    by_way: dict[str, list[Mapping[str, Any]]] = {way: [] for way in result["median_us"]}
+    for call in result["calls"]:
+        by_way[call["way"]].append(call)
+    for way, calls in by_way.items():
+        bare = way in {"product", "copy"}
+        axis.plot(
+            rows, [call["p50_us"] for call in calls], "--" if bare else "o-", label=f"bare {way}" if bare else way
+        )
+        if not bare:
+            axis.fill_between(rows, [call["p10_us"] for call in calls], [call["p90_us"] for call in calls], alpha=0.15)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(rows, [str(count) for count in rows])
+    axis.set_xlabel(f"rows of {result['settings']['width']} values in one call")
+    axis.set_ylabel("microseconds (median; band: 10 to 90 %)")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+_DRAW: dict[str, Draw] = {"tenants": _draw_tenants, "scale": _draw_scale, "call": _draw_call}

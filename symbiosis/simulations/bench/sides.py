@@ -1,9 +1,8 @@
-"""The two sides of a comparison: separate jobs, and tenants of one host. Both are processes that do `job.Job`'s work."""
+"""The two sides of a comparison, separate jobs and tenants of one host: processes that do the work of `job.Job`."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +12,9 @@ from typing import Any
 
 from symbiosis.simulations.bench.config import HostOptions, ModelShape, Work
 from symbiosis.simulations.bench.processes import Message, Pool, Worker
+
+OBSERVE_S = 0.25
+"""How often memory is looked at (seconds)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,10 +56,32 @@ class Side:
         """Threads of each process's products."""
         self.pool.ask(self.workers, "threads", threads=threads)
 
-    def run(self, command: str, workers: Sequence[Worker] | None = None, **fields: Any) -> Round:
-        """Let all of them, or some, do a piece of work at once; the others are blocked."""
+    def run(
+        self,
+        command: str,
+        workers: Sequence[Worker] | None = None,
+        *,
+        observe: Callable[[], None] | None = None,
+        **fields: Any,
+    ) -> Round:
+        """Let all of them, or some, do a piece of work at once; the others are blocked.
+
+        Args:
+            command: what to do.
+            workers: who; by default all.
+            observe: called now and then while they work, and when they are done.
+            **fields: of the command.
+        """
+        chosen = list(workers or self.workers)
         started = time.monotonic()
-        answers = self.pool.ask(workers or self.workers, command, **fields)
+        for worker in chosen:
+            worker.send(command, fields)
+        if observe is None:
+            answered = self.pool.wait(chosen)
+        else:
+            answered = self.pool.wait(chosen, tick=_never(observe), tick_s=OBSERVE_S)
+            observe()
+        answers = [answered[worker] for worker in chosen]
         return Round(
             tokens=sum(answer["tokens"] for answer in answers),
             seconds=max(answer["ended_s"] for answer in answers) - started,
@@ -75,8 +99,20 @@ class Theirs(Side):
 
     name = "separate job"
 
-    def load(self, directory: Path, shape: ModelShape, work: Work, *, threads: int, own_weights: bool = False) -> None:
-        """Load a model into every process; with `own_weights` as copies of its own, not as the mapped file."""
+    def load(
+        self,
+        directory: Path,
+        shape: ModelShape,
+        work: Work,
+        *,
+        threads: int,
+        own_weights: bool = False,
+        first: int = 0,
+    ) -> None:
+        """Load a model into every process from the one numbered `first` on.
+
+        With `own_weights` each has copies of its own; otherwise what `from_pretrained` makes of a directory.
+        """
         common = {
             "side": "theirs",
             "directory": str(directory),
@@ -85,7 +121,8 @@ class Theirs(Side):
             "own_weights": own_weights,
             "threads": threads,
         }
-        self.pool.ask_each([(worker, common | {"index": index}) for index, worker in enumerate(self.workers)], "load")
+        requests = [(worker, common | {"index": index}) for index, worker in enumerate(self.workers) if index >= first]
+        self.pool.ask_each(requests, "load")
 
 
 class Ours(Side):
@@ -156,6 +193,16 @@ class Ours(Side):
             self.pool.end([self._host])
             self._host = None
         self._scratch.cleanup()
+
+
+def _never(observe: Callable[[], None]) -> Callable[[], bool]:
+    """A tick that ends no waiting."""
+
+    def tick() -> bool:
+        observe()
+        return False
+
+    return tick
 
 
 def cores() -> int:

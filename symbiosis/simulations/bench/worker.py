@@ -42,14 +42,20 @@ class Inbox:
             yield self._commands.get()
 
     def _read(self) -> None:
-        for line in self._source:
-            message = json.loads(line)
-            if message["command"] == "stop":
-                self.stopped.set()
-                continue
-            self.stopped.clear()
-            self._commands.put(message)
-        os._exit(0)  # nobody listens any more; a product may be under way that cannot be interrupted otherwise
+        code = 1
+        try:
+            for line in self._source:
+                message = json.loads(line)
+                if message["command"] == "stop":
+                    self.stopped.set()
+                    continue
+                self.stopped.clear()
+                self._commands.put(message)
+            code = 0
+        except Exception:
+            traceback.print_exc()
+        # Nobody listens any more; a product may be under way that cannot be interrupted otherwise.
+        os._exit(code)
 
 
 def main() -> None:
@@ -61,7 +67,7 @@ def main() -> None:
         answers.flush()
 
     inbox = Inbox(sys.stdin).start()
-    roles: dict[str, Any] = {}
+    roles: dict[Role, Any] = {}
     for message in inbox:
         try:
             role, method = _COMMANDS[message["command"]]
@@ -101,6 +107,12 @@ def _writer(_: threading.Event, __: Say) -> Any:
     return Writer()
 
 
+def _caller(_: threading.Event, __: Say) -> Any:
+    from symbiosis.simulations.bench.caller import Caller  # noqa: PLC0415
+
+    return Caller()
+
+
 _COMMANDS: dict[str, tuple[Role, str]] = {
     "load": (_job, "load"),
     "threads": (_job, "threads"),
@@ -110,6 +122,8 @@ _COMMANDS: dict[str, tuple[Role, str]] = {
     "decode-on": (_job, "decode_on"),
     "serve": (_host, "serve"),
     "host-statistics": (_host, "statistics"),
+    "open-ways": (_caller, "open"),
+    "call": (_caller, "call"),
     "write-model": (_writer, "write"),
 }
 """Who answers a command, and with which method."""

@@ -181,7 +181,7 @@ def host_model(
     remote = {full_name for full_name, _, _ in hosted}
     weights = [_weight(parameter, orientation, storage) for _, parameter, orientation in hosted]
     facts = [facts_of(entry[0], weight) for entry, weight in zip(hosted, weights, strict=True)]
-    tensors = _half(model, remote)
+    tensors = _half(model, remote, copy=own)
     published = dict(_model_files(model) | dict(files or {}))
     base = HostedBase(
         manifest=Manifest(
@@ -292,11 +292,14 @@ def _folder(path: str, revision: str | None) -> Path:
         ) from error
 
 
-def _half(model: PreTrainedModel, remote: set[str]) -> dict[str, torch.Tensor]:
-    """The tenant's half: every persistent tensor that is not hosted, tied ones once."""
+def _half(model: PreTrainedModel, remote: set[str], *, copy: bool) -> dict[str, torch.Tensor]:
+    """The tenant's half: every persistent tensor that is not hosted, tied ones once.
+
+    Copied, it does not keep the whole file of weights mapped of which it was a part.
+    """
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     return {
-        name: tensor.detach()
+        name: tensor.detach().clone() if copy else tensor.detach()
         for name, tensor in model.state_dict().items()
         if name not in remote and name not in tied and isinstance(tensor, torch.Tensor)
     }

@@ -24,7 +24,8 @@
     ├── OverloadedError            the host has as much of this tenant's work as it takes; later it takes more
     ├── HostFailureError           the host answered with a failure of its own
     ├── RemoteWeightError          an operation that a weight living elsewhere cannot take part in
-    └── SimulationError            a simulated run that did not complete
+    ├── SimulationError            a simulated run that did not complete
+    └── BenchmarkError             a measurement that did not complete, or whose sides did not do the same work
 
 An error carries what was wrong and what to do next, has a stable `code`, and survives pickling (Flower's
 simulation moves errors between processes). Codes also travel: `protocols.status` maps them to the wire.
@@ -207,3 +208,9 @@ class SimulationError(SymbiosisError):
     """A simulated run did not complete."""
 
     code = "simulation"
+
+
+class BenchmarkError(SymbiosisError):
+    """A measurement did not complete, or its two sides did not do the same work."""
+
+    code = "benchmark"

@@ -466,7 +466,7 @@ def test_a_host_and_a_tenant_in_processes_of_their_own(
     serving: Serving, enrolled: tuple[Path, Path], environment: dict[str, str], symbiosis: Run, tmp_path: Path
 ) -> None:
     identity = enrolled[1]
-    assert serving.said.keys() == {"address", "base", "layers"}
+    assert serving.said.keys() == {"address", "addresses", "base", "layers"}
     assert serving.said["layers"] == 28
     done = subprocess.run(
         [sys.executable, "-c", TENANT, serving.address, identity],

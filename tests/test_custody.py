@@ -42,6 +42,7 @@ from symbiosis.protocols.codec import Encoded, encode_request
 from symbiosis.protocols.inprocess import InProcessTransport
 from symbiosis.protocols.manifest import Manifest, Publish
 from symbiosis.protocols.messages import Answer, BlobKind, Call, Direction, Fetch, Hello, Segment, Welcome
+from symbiosis.protocols.tensors import tensor_bytes
 from symbiosis.protocols.transcript import ROWS_NAME, TranscriptWriter
 from symbiosis.server.base import HostedBase, host_model
 from symbiosis.server.host import Host
@@ -574,6 +575,21 @@ def test_rule_3_takes_equal_bytes_from_elsewhere(door: Door) -> None:
     # A copy of the rows is as good as a view of them.
     admit(door, a_call(), payload=memoryview(torch.ones(2, 32).numpy()).cast("B"))
     admit(door, a_call(2, rows=torch.ones(32, 2).T))
+
+
+def test_rule_3_of_rows_that_are_handed_over_the_gate_takes_its_own_copy(door: Door) -> None:
+    # As for rows on a device: nobody else says what the bytes are. They are right for every message, long or short.
+    for number, rows in enumerate((torch.randn(3, 32), torch.randn(9, 32).bfloat16(), torch.randn(32, 2).T), start=1):
+        entered = door.gate.admit(a_call(number, rows=rows), None, door.manifest)
+        digest = sha256_hex(tensor_bytes(rows))
+        assert (sha256_hex(entered.payload), list(iterate(door.ledger.path))[-1].digest) == (digest, digest)
+        assert torch.equal(list(read_transcript(door.record))[-1].rows, rows)
+        rows.zero_()
+        assert sha256_hex(entered.payload) == digest
+    with stopped(door, NonFiniteError):
+        door.gate.admit(a_call(9, rows=torch.full((2, 32), torch.nan)), None, door.manifest)
+    with stopped(door, CustodyError, "used before"):
+        door.gate.admit(a_call(3), None, door.manifest)
 
 
 def test_rule_4_numbers_increase(door: Door) -> None:

@@ -19,6 +19,7 @@ CHOICES = {
     "weights": ("float", "int8"),
     "dtype": ("auto", "float32", "float64", "float16", "bfloat16"),
     "experts": ("called", "alike"),
+    "wire_dtype": ("auto", "bfloat16", "float16"),
 }
 """What some keys of `[base]` take; the first is the default."""
 
@@ -49,6 +50,8 @@ class BaseSource:
     """Its dtype; goes with `path`."""
     experts: str = "called"
     """Which experts of a mixture are called."""
+    wire_dtype: str = "auto"
+    """What wider rows are rounded to before they leave."""
 
     def __post_init__(self) -> None:
         if bool(self.address) == bool(self.path):
@@ -66,7 +69,7 @@ class BaseSource:
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigurationError(f"base.{name} is {value!r}", f"It must be one of {', '.join(choices)}")
-            if self.address and name != "experts" and value != choices[0]:
+            if self.address and name not in ("experts", "wire_dtype") and value != choices[0]:
                 raise ConfigurationError(f"base.{name} goes with base.path", "With an address it is the host's choice")
 
     @property

@@ -4,7 +4,8 @@ The rules of custody, numbered where they are enforced (docs/custody.md says wha
 
 1. only declared kinds of messages leave: hello, call, fetch, and Flower messages of whitelisted scalars;
 2. a call's layers, row width, dtype and finiteness agree with the host's manifest;
-3. what is sent is the message and nothing else, byte for byte: a call's payload is its rows;
+3. what is sent is the message and nothing else, byte for byte: a call's payload is its rows; of rows that are handed
+   over on a device the gate makes the bytes itself, from a copy of its own;
 4. message numbers increase, so that none is ever used twice; only the very bytes that left last may leave again,
    which a host that had no room for them is owed, and each time is entered by itself;
 5. a fetch names only what the manifest publishes, or a hosted weight whose norms it wants;
@@ -15,11 +16,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from symbiosis.clients.row_copy import RowCopy
 from symbiosis.errors import CustodyError
 from symbiosis.privacy.ledger import Ledger
 from symbiosis.protocols.canonical import canonical_json, sha256_hex
@@ -45,16 +47,20 @@ class EgressGate:
         self._destination = destination
         self._transcript = transcript
         self._last_number = 0
+        self._copy = RowCopy()
         self._last: _Left | None = None
         self._lock = threading.Lock()
 
-    def admit(self, request: Request, encoded: Encoded, manifest: Manifest | None) -> None:
+    def admit(self, request: Request, encoded: Encoded | None, manifest: Manifest | None) -> Encoded:
         """Let a message of the stream leave, or refuse it.
 
         Args:
             request: the message.
-            encoded: the bytes that will be sent.
+            encoded: the bytes that will be sent; `None` where the message itself is handed over, its rows on a device.
             manifest: the host's manifest; `None` before it was fetched.
+
+        Returns:
+            The message as it was entered: `encoded`, or the bytes of the gate's own copy, valid until the next message.
 
         Raises:
             CustodyError: a rule is broken; nothing was entered and nothing may be sent.
@@ -65,19 +71,20 @@ class EgressGate:
         with self._lock:
             match request:
                 case Hello():
-                    _check_encoding(request, encoded)
+                    encoded = _checked(request, encoded)
                     self._enter("hello", encoded, digest=sha256_hex(encoded.header))
                 case Fetch():
                     self._check_number(request.number)
                     _check_fetch(request, manifest)
-                    _check_encoding(request, encoded)
+                    encoded = _checked(request, encoded)
                     detail = {"kind": request.kind.value, "name": request.name}
                     self._enter("fetch", encoded, digest=sha256_hex(encoded.header), detail=detail)
                 case Call():
                     self._check_number(request.number)
-                    self._admit_call(request, encoded, manifest)
+                    encoded = self._admit_call(request, encoded, manifest)
                 case _:
                     raise CustodyError(f"a message of kind {type(request).__name__} may not leave")  # rule 1
+            return encoded
 
     def admit_flower(self, record: Mapping[str, Scalar | bytes], *, allowed: frozenset[str]) -> None:
         """Let a Flower message leave, or refuse it.
@@ -133,13 +140,15 @@ class EgressGate:
             detail = {**last.fields.get("detail", {}), "retry": retry}
             self._enter(last.kind, encoded, **(last.fields | {"detail": detail}))
 
-    def _admit_call(self, call: Call, encoded: Encoded, manifest: Manifest | None) -> None:
+    def _admit_call(self, call: Call, encoded: Encoded | None, manifest: Manifest | None) -> Encoded:
         if manifest is None:
             raise CustodyError("rows may not leave before the host's manifest is known", "Open the session first")
         width, _ = manifest.widths(call.layers, call.direction)
         check_rows(call.rows, width=width)  # rule 2
         manifest.check_segments(call.layers, call.segments, rows=call.rows.shape[0])  # rule 2
-        _check_encoding(call, encoded)
+        if encoded is None:
+            call = replace(call, rows=self._copy.of(call.rows))
+        encoded = _checked(call, encoded)
         layers = tuple(manifest.layers[position].name for position in call.layers)
         self._enter(
             "call",
@@ -152,6 +161,7 @@ class EgressGate:
         )
         if self._transcript is not None:  # last: what is recorded has passed every rule
             self._transcript.write(layers=layers, direction=call.direction, rows=call.rows, segments=call.segments)
+        return encoded
 
     def _check_number(self, number: int) -> None:
         if number <= self._last_number:
@@ -199,10 +209,14 @@ def _published_tensors(manifest: Manifest) -> set[str]:
     return {tensor.name for tensor in manifest.tensors} | hosted
 
 
-def _check_encoding(request: Request, encoded: Encoded) -> None:
+def _checked(request: Request, encoded: Encoded | None) -> Encoded:
+    """The bytes of a message, after a look at the ones that are to be sent for it, if any are."""
     message = encode_request(request)
+    if encoded is None:
+        return message
     if encoded.header != message.header or not _same_bytes(encoded.payload, message.payload):
         raise CustodyError(f"the bytes of a {type(request).__name__.lower()} are not the message's own")  # rule 3
+    return encoded
 
 
 def _same_bytes(left: memoryview, right: memoryview) -> bool:

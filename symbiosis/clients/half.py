@@ -53,7 +53,7 @@ class TenantHalf:
         return tuple(self._downloads)
 
     def tensor(self, entry: PublishedTensor) -> torch.Tensor:
-        """A published tensor, a copy of the tenant's own.
+        """A published tensor, the tenant's own: one in the cache is mapped, and a page of it copied when written to.
 
         Raises:
             FrameError: what came is not what the manifest describes.
@@ -66,12 +66,12 @@ class TenantHalf:
                     f"the local base has no {entry.name} like the host's", "Give the directory of the very same base"
                 )
             return found.clone()
+        checked = partial(_checked, name=entry.name, shape=entry.shape, dtype=entry.dtype, digest=entry.digest)
         return self._cached(
             entry.digest + ".safetensors",
             fetch=lambda: self._fetch_tensor(entry.name, entry.byte_count),
-            read=lambda data: _read_tensor(
-                data, name=entry.name, shape=entry.shape, dtype=entry.dtype, digest=entry.digest
-            ),
+            read=lambda data: checked(_parse(data, entry.name)),
+            read_file=lambda path: checked(_map(path, entry.name)),
         )
 
     def download(self, name: str) -> torch.Tensor:
@@ -115,21 +115,32 @@ class TenantHalf:
     def _fetch_file(self, name: str, count: int) -> bytes:
         return self._session.fetch(BlobKind.FILE, name, max_bytes=count)
 
-    def _cached(self, key: str, *, fetch: Callable[[], bytes], read: Callable[[bytes], _Read]) -> _Read:
-        """What `read` makes of the cache's file, or of what is fetched; only what it accepts is kept."""
+    def _cached(
+        self,
+        key: str,
+        *,
+        fetch: Callable[[], bytes],
+        read: Callable[[bytes], _Read],
+        read_file: Callable[[Path], _Read] | None = None,
+    ) -> _Read:
+        """What `read` makes of the cache's file, or of what is fetched; only what it accepts is kept.
+
+        `read_file` reads what is in the cache without taking it into memory of this process.
+        """
         if self._cache is None:
             return read(fetch())
         path = self._cache / key
+        from_file = read_file or (lambda path: read(path.read_bytes()))
         if path.is_file():
             with contextlib.suppress(FrameError):  # cut off or changed: fetched again
-                return read(path.read_bytes())
+                return from_file(path)
         data = fetch()
         result = read(data)
         self._cache.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self._cache, delete=False) as file:
             file.write(data)
         os.replace(file.name, path)
-        return result
+        return result if read_file is None else read_file(path)
 
 
 def _read_file(file: PublishedFile, data: bytes) -> bytes:
@@ -139,14 +150,33 @@ def _read_file(file: PublishedFile, data: bytes) -> bytes:
 
 
 def _read_layer(data: bytes, layer: Layer) -> torch.Tensor:
-    return _read_tensor(data, name=layer.name, shape=layer.shape, dtype=layer.dtype, digest=layer.digest)
+    tensor = _parse(data, layer.name)
+    return _checked(tensor, name=layer.name, shape=layer.shape, dtype=layer.dtype, digest=layer.digest)
 
 
-def _read_tensor(data: bytes, *, name: str, shape: tuple[int, ...], dtype: str, digest: str) -> torch.Tensor:
+def _parse(data: bytes, name: str) -> torch.Tensor:
     try:
         tensor: torch.Tensor = safetensors.torch.load(data)["tensor"]
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise FrameError(f"the host's {name} is not a safetensors file", "Connect again, or clear the cache") from error
+        raise _not_a_tensor(name) from error
+    return tensor
+
+
+def _map(path: Path, name: str) -> torch.Tensor:
+    """A tensor over the file's own pages, which tenants on one machine then hold once; a write copies its page."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor("tensor")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise _not_a_tensor(name) from error
+    return tensor
+
+
+def _not_a_tensor(name: str) -> FrameError:
+    return FrameError(f"the host's {name} is not a safetensors file", "Connect again, or clear the cache")
+
+
+def _checked(tensor: torch.Tensor, *, name: str, shape: tuple[int, ...], dtype: str, digest: str) -> torch.Tensor:
     if tuple(tensor.shape) != shape or dtype_name(tensor.dtype) != dtype or tensor_digest(tensor) != digest:
         raise FrameError(f"the host's {name} is not the one in its manifest", "Connect again, or clear the cache")
     return tensor

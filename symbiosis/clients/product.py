@@ -69,8 +69,7 @@ class Product:
         rows_TI = rows.detach().reshape(-1, rows.shape[-1])
         if rows_TI.shape[0] == 0:
             return rows_TI.new_zeros((0, sum(self.widths)))
-        answer_TO = self.session.multiply(self.layers, self.direction, rows_TI.cpu().contiguous(), self.segments)
-        return answer_TO.to(rows.device)
+        return self.session.multiply(self.layers, self.direction, rows_TI, self.segments)
 
 
 class _Multiply(torch.autograd.Function):

@@ -56,6 +56,8 @@ class Session:
         transport: the way to the host.
         gate: the door out.
         mechanism: how rows are hidden.
+        wire_dtype: what wider rows are rounded to before they leave; answers come back in it. `None` leaves them as
+            they are.
         retry: how long to come back to a host that has no room.
 
     Raises:
@@ -64,12 +66,19 @@ class Session:
     """
 
     def __init__(
-        self, transport: Transport, gate: EgressGate, mechanism: Mechanism, *, retry: RetryConfig | None = None
+        self,
+        transport: Transport,
+        gate: EgressGate,
+        mechanism: Mechanism,
+        *,
+        wire_dtype: torch.dtype | None = None,
+        retry: RetryConfig | None = None,
     ) -> None:
         self._transport = transport
         self._patience = Patience(retry)
         self._gate = gate
         self._mechanism = mechanism
+        self._wire_dtype = wire_dtype
         self._lock = threading.RLock()
         self._number = 0
         self._frames = self._sent_bytes = self._rows = 0
@@ -107,21 +116,25 @@ class Session:
         Args:
             layers: positions in the manifest.
             direction: which product.
-            rows_TI: two dimensions, at least one row, on the CPU.
+            rows_TI: two dimensions, at least one row, on any device; they leave it unless the transport keeps it.
             segments: for a stack, which matrix each row meets.
 
         Returns:
-            `y_TO` in the dtype of `rows_TI`.
+            `y_TO` in the dtype and on the device of `rows_TI`.
 
         Raises:
             SymbiosisError: as the gate, the transport and the host say.
         """
         manifest = _require(self.manifest)
         width_out = manifest.widths(layers, direction)[1]
-        widest = max(rows_TI.shape[1], width_out)
-        pieces = split_rows(rows_TI, segments, widest=widest, max_bytes=self._max_message_bytes)
+        home, widest = rows_TI.device, max(rows_TI.shape[1], width_out)
+        sent_TI = rows_TI if self._transport.keeps_device else rows_TI.cpu()
+        if self._wire_dtype is not None and self._wire_dtype.itemsize < rows_TI.dtype.itemsize:
+            sent_TI = sent_TI.to(self._wire_dtype)
+        pieces = split_rows(sent_TI, segments, widest=widest, max_bytes=self._max_message_bytes)
         answers = [self._call(layers, direction, piece.contiguous(), part, width_out) for piece, part in pieces]
-        return answers[0] if len(answers) == 1 else torch.cat(answers)
+        answer_TO = answers[0] if len(answers) == 1 else torch.cat(answers)
+        return answer_TO.to(device=home, dtype=rows_TI.dtype)
 
     def fetch(self, kind: BlobKind, name: str, *, max_bytes: int) -> bytes:
         """Fetch something that the host publishes.
@@ -188,22 +201,23 @@ class Session:
         return self._mechanism.reveal(reply.rows, layers=layers, direction=direction, number=number)
 
     def _exchange(self, request: Request, *, max_reply_bytes: int) -> Reply:
-        encoded = encode_request(request)
+        on_device = isinstance(request, Call) and request.rows.device.type != "cpu"
+        encoded = None if on_device else encode_request(request)
         with self._lock:
-            self._gate.admit(request, encoded, self.manifest)
+            entered = self._gate.admit(request, encoded, self.manifest)
             deadline_s = self._patience.deadline_s()
             while True:
                 self._frames += 1
-                self._sent_bytes += encoded.byte_count
+                self._sent_bytes += entered.byte_count
                 try:
                     return self._transport.exchange(
-                        request, encoded, max_reply_bytes=max_reply_bytes + MAX_HEADER_BYTES
+                        request, entered, max_reply_bytes=max_reply_bytes + MAX_HEADER_BYTES
                     )
                 except OverloadedError as error:
                     if isinstance(request, Hello):  # a host that refuses a session ends its stream
                         raise
                     self._patience.wait(error, deadline_s)
-                    self._gate.admit_again(encoded)
+                    self._gate.admit_again(entered)
 
     def _next_number(self) -> int:
         self._number += 1

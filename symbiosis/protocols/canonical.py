@@ -39,10 +39,12 @@ def sha256_hex(data: bytes | bytearray | memoryview) -> str:
 def _check_keys(value: object) -> None:
     # The encoder would write {1: x} and {"1": x} alike, and two values must never share one form.
     if isinstance(value, dict):
-        for key, inner in value.items():
+        for key in value:
             if not isinstance(key, str):
                 raise TypeError(f"the key {key!r} is not a string")
-            _check_keys(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return
+    for inner in value:
+        if isinstance(inner, dict | list | tuple):
             _check_keys(inner)

@@ -41,6 +41,8 @@ class GrpcTransport:
         reply_timeout_s: how long to wait for a reply before the host counts as unavailable (seconds).
     """
 
+    keeps_device = False
+
     def __init__(self, address: str, credentials: Credentials, *, reply_timeout_s: float = 120.0) -> None:
         self.address = address
         self.received_bytes = 0

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from symbiosis.errors import FrameError, PolicyError, ShapeError, UnknownLayerError, VersionError
@@ -121,9 +121,12 @@ class Manifest:
     storage: Storage = Storage.FLOAT
     version: int = MANIFEST_VERSION
     _index: dict[str, int] = field(init=False, repr=False, compare=False, default_factory=dict)
+    _group: Callable[[tuple[int, ...]], tuple[Layer, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._index.update({layer.name: position for position, layer in enumerate(self.layers)})
+        # Every call asks several times, for few groups; bounded, because a tenant chooses what it asks for.
+        object.__setattr__(self, "_group", lru_cache(maxsize=4096)(self._checked_group))
 
     @cached_property
     def digest(self) -> str:
@@ -148,7 +151,9 @@ class Manifest:
             UnknownLayerError: a position that the manifest does not have, none, or one twice.
             ShapeError: layers whose input widths differ, which no row can meet together.
         """
-        wanted = tuple(positions)
+        return self._group(tuple(positions))
+
+    def _checked_group(self, wanted: tuple[int, ...]) -> tuple[Layer, ...]:
         if not wanted or len(wanted) > MAX_GROUP_LAYERS or len(set(wanted)) != len(wanted):
             raise UnknownLayerError(
                 f"a call names {len(wanted)} layers, or one of them twice",

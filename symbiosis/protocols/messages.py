@@ -5,13 +5,14 @@ Shape legend: T rows (packed tokens, no padding), I input width of a group, O su
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 import torch
 
-from symbiosis.errors import DtypeError, NonFiniteError, ShapeError
+from symbiosis.errors import ConfigurationError, DtypeError, NonFiniteError, ShapeError
 
 
 class Direction(Enum):
@@ -45,6 +46,18 @@ WIRE_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.float64, torch.floa
 def dtype_name(dtype: torch.dtype) -> str:
     """Name of a dtype as manifests and ledgers write it, for example `bfloat16`."""
     return str(dtype).removeprefix("torch.")
+
+
+def wire_dtype_of(name: str) -> torch.dtype | None:
+    """The dtype that rows are to have on the wire; `None` for `auto`, whatever they have.
+
+    Raises:
+        ConfigurationError: no dtype of that name travels.
+    """
+    names = {dtype_name(dtype): dtype for dtype in WIRE_DTYPES}
+    if name != "auto" and name not in names:
+        raise ConfigurationError(f"rows cannot travel as {name!r}", f"Choose auto or one of {', '.join(names)}")
+    return names.get(name)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +102,8 @@ class Call:
     """Positions of the group's layers in the manifest."""
     direction: Direction
     rows: torch.Tensor
-    """`x_TI` (forward) or `g_TO` (backward), contiguous, on the CPU, one of `WIRE_DTYPES`."""
+    """`x_TI` (forward) or `g_TO` (backward), contiguous, one of `WIRE_DTYPES`; on the CPU, unless it is handed over in
+    process."""
     segments: tuple[Segment, ...] = ()
     """For a stack of weights: which rows meet which matrix; together all rows, in order. Empty for a single matrix."""
 
@@ -153,7 +167,7 @@ def finite(rows: torch.Tensor) -> bool:
     A sum of finite numbers may overflow but a sum with a NaN or an infinity is never finite, so one cheap reduction
     settles the ordinary case and only a suspicious sum is looked at element by element.
     """
-    return bool(torch.isfinite(rows.sum())) or bool(torch.isfinite(rows).all())
+    return math.isfinite(rows.sum().item()) or bool(torch.isfinite(rows).all())
 
 
 def split_rows(
@@ -167,11 +181,11 @@ def split_rows(
     per_row_bytes = max(1, widest * rows.element_size())
     start = 0
     for piece in rows.split(max(1, max_bytes // per_row_bytes)):
-        yield piece, tuple(_cut(segments, start, start + piece.shape[0]))
+        yield piece, tuple(cut_segments(segments, start, start + piece.shape[0]))
         start += piece.shape[0]
 
 
-def _cut(segments: Sequence[Segment], start: int, end: int) -> Iterator[Segment]:
+def cut_segments(segments: Sequence[Segment], start: int, end: int) -> Iterator[Segment]:
     """The part of `segments` that covers the rows from `start` to `end`."""
     position = 0
     for segment in segments:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol
 
+import torch
+
 from symbiosis.protocols.codec import Encoded, Reply, Request
-from symbiosis.protocols.messages import Direction, Fetch
+from symbiosis.protocols.messages import Answer, Call, Direction, Fetch
+from symbiosis.protocols.status import Refusal
 
 
 class Ticket(Protocol):
@@ -31,6 +35,24 @@ class Handler(Protocol):
 
         Raises:
             SymbiosisError: the request is refused; the caller turns it into a `Refusal`.
+        """
+        ...
+
+    def submit(
+        self,
+        tenant: str,
+        call: Call,
+        done: Callable[[Answer | Refusal], None],
+        *,
+        out: torch.Tensor | None = None,
+    ) -> None:
+        """Queue a call of `tenant` and return at once.
+
+        Args:
+            tenant: whose name the caller has authenticated.
+            call: its rows stay as they are until the reply.
+            done: told the reply exactly once, from any thread, perhaps before `submit` returns; quick, raises nothing.
+            out: where an answer's rows are written: contiguous, of the answer's shape and the rows' dtype.
         """
         ...
 
@@ -73,6 +95,10 @@ class Transport(Protocol):
     address: str
     """Where the bytes go, as the ledger writes it."""
 
+    keeps_device: bool
+    """Whether messages are handed over as they are, rows on whatever device they are on. Otherwise rows go to the CPU,
+    to become bytes."""
+
     received_bytes: int
     """Application bytes that came back so far, length prefixes included."""
 
@@ -81,7 +107,7 @@ class Transport(Protocol):
 
         Args:
             request: the message.
-            encoded: the same message, encoded; what was entered into the ledger is what is sent.
+            encoded: the same message, encoded; what was entered into the ledger is what is sent. Not kept.
             max_reply_bytes: the longest payload that can be an answer to it.
 
         Raises:

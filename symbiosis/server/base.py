@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,8 +28,9 @@ from symbiosis.protocols.manifest import (
 from symbiosis.protocols.messages import WIRE_DTYPES, BlobKind, dtype_name
 from symbiosis.protocols.tensors import byte_count, stored_dtype, tensor_digest
 from symbiosis.server.norms import facts_of
+from symbiosis.server.placement import Devices, place, usable_devices
 from symbiosis.server.selection import hosted_parameters
-from symbiosis.server.weight import Weight, quantised
+from symbiosis.server.weight import Weight, lay_out, quantised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,6 +70,26 @@ class HostedBase:
     def group(self, positions: Iterable[int]) -> tuple[Weight, ...]:
         """The weights of a group whose positions the manifest has accepted."""
         return tuple(self.weights[position] for position in positions)
+
+    def to(self, devices: Devices) -> HostedBase:
+        """The same base with its weights on `devices`, in contiguous ranges of blocks that are balanced by bytes.
+
+        Manifest, facts and published tensors stay as they are: numbers that move do not change. Until this base is let
+        go of, both copies of a weight that moves are held.
+
+        Args:
+            devices: as `usable_devices` takes them; none leaves every weight where it is.
+
+        Raises:
+            ConfigurationError: a device that this machine does not have.
+        """
+        usable = usable_devices(devices)
+        if not usable:
+            return self
+        names = [layer.name for layer in self.manifest.layers]
+        chosen = place(names, [weight.byte_count for weight in self.weights], devices=len(usable))
+        moved = (weight.to(usable[device]) for weight, device in zip(self.weights, chosen, strict=True))
+        return replace(self, weights=tuple(moved))
 
     @cached_property
     def manifest_blob(self) -> bytes:
@@ -134,8 +155,10 @@ def host_model(
     files: Mapping[str, bytes] | None = None,
     publish: Publish = Publish.HALF,
     storage: Storage = Storage.FLOAT,
+    own: bool = False,
+    devices: Devices = (),
 ) -> HostedBase:
-    """Host a model that is in memory. The model is not changed; its weights are shared, unless they are rounded.
+    """Host a model that is in memory. It is not changed; its weights are shared, unless they are rounded or moved.
 
     Args:
         model: a `transformers` model without trainable parameters.
@@ -143,10 +166,14 @@ def host_model(
         files: files to publish; the configuration is taken from the model where it is missing.
         publish: what tenants may fetch.
         storage: in what the weights are held.
+        own: the model is the host's alone, whose weights may be laid out anew, siblings side by side.
+        devices: where they are held, as `HostedBase.to` takes them; by default where the model is.
 
     Raises:
-        ConfigurationError: a parameter is trainable, a weight is not finite, or there is no layer to host.
+        ConfigurationError: a parameter is trainable, a weight is not finite, there is no layer to host, or a device is
+            not here.
     """
+    usable = usable_devices(devices)
     refuse_trainable(model.named_parameters())
     hosted = list(hosted_parameters(model))
     if not hosted:
@@ -154,9 +181,9 @@ def host_model(
     remote = {full_name for full_name, _, _ in hosted}
     weights = [_weight(parameter, orientation, storage) for _, parameter, orientation in hosted]
     facts = [facts_of(entry[0], weight) for entry, weight in zip(hosted, weights, strict=True)]
-    tensors = _half(model, remote)
+    tensors = _half(model, remote, copy=own)
     published = dict(_model_files(model) | dict(files or {}))
-    return HostedBase(
+    base = HostedBase(
         manifest=Manifest(
             base=name,
             architecture=type(model).__name__,
@@ -173,6 +200,15 @@ def host_model(
         tensors=tensors,
         files=published,
     )
+    # Last: norms and digests are computed where the numbers came from, and do not depend on who holds them.
+    placed = base.to(usable)
+    if not own:
+        return placed
+    names, parameters = [entry[0] for entry in hosted], [entry[1] for entry in hosted]
+    weights, rest = list(placed.weights), replace(placed, weights=())
+    del base, placed  # they hold the old places
+    lay_out(names, weights, moved=lambda position, weight: _let_go(parameters[position], weight))
+    return replace(rest, weights=tuple(weights))
 
 
 def refuse_trainable(parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -195,6 +231,7 @@ def load_base(
     dtype: str = "auto",
     publish: Publish = Publish.HALF,
     storage: Storage = Storage.FLOAT,
+    devices: Devices = (),
     revision: str | None = None,
 ) -> HostedBase:
     """Load a base from a local directory or a hub id, shard by shard from safetensors.
@@ -204,12 +241,14 @@ def load_base(
         dtype: dtype of the hosted weights; `auto` keeps the file's.
         publish: what tenants may fetch.
         storage: in what the weights are held.
+        devices: where they are held, as `HostedBase.to` takes them; by default in the machine's own memory.
         revision: branch, tag or commit of a hub id.
 
     Raises:
         UnknownBaseError: there is no such base, or it has no safetensors.
-        ConfigurationError: it has no layer to host, or there is no such dtype.
+        ConfigurationError: it has no layer to host, there is no such dtype, or a device is not here.
     """
+    usable = usable_devices(devices)
     import transformers  # noqa: PLC0415 - slow, and only a host that loads needs it
 
     if dtype not in ("auto", *map(dtype_name, WIRE_DTYPES)):
@@ -230,9 +269,8 @@ def load_base(
     model.requires_grad_(False)
     files = {name: (folder / name).read_bytes() for name in PUBLISHED_FILES if (folder / name).is_file()}
     files["config.json"] = _model_files(model)["config.json"]
-    return host_model(
-        model, name=folder.name if Path(path).is_dir() else path, files=files, publish=publish, storage=storage
-    )
+    name = folder.name if Path(path).is_dir() else path
+    return host_model(model, name=name, files=files, publish=publish, storage=storage, devices=usable, own=True)
 
 
 def _folder(path: str, revision: str | None) -> Path:
@@ -254,11 +292,14 @@ def _folder(path: str, revision: str | None) -> Path:
         ) from error
 
 
-def _half(model: PreTrainedModel, remote: set[str]) -> dict[str, torch.Tensor]:
-    """The tenant's half: every persistent tensor that is not hosted, tied ones once."""
+def _half(model: PreTrainedModel, remote: set[str], *, copy: bool) -> dict[str, torch.Tensor]:
+    """The tenant's half: every persistent tensor that is not hosted, tied ones once.
+
+    Copied, it does not keep the whole file of weights mapped of which it was a part.
+    """
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     return {
-        name: tensor.detach()
+        name: tensor.detach().clone() if copy else tensor.detach()
         for name, tensor in model.state_dict().items()
         if name not in remote and name not in tied and isinstance(tensor, torch.Tensor)
     }
@@ -280,6 +321,11 @@ def _weight(parameter: torch.Tensor, orientation: Orientation, storage: Storage)
     if storage is Storage.INT8:
         return quantised(parameter, orientation)
     return Weight(stored=parameter.detach(), orientation=orientation, dtype=parameter.dtype)
+
+
+def _let_go(parameter: torch.nn.Parameter, weight: Weight) -> None:
+    """Let a parameter whose weight was laid out elsewhere share it, so that its old memory is free."""
+    parameter.data = weight.stored if weight.scale is None else parameter.new_empty(0)
 
 
 def _layer(name: str, weight: Weight, facts: Facts) -> Layer:

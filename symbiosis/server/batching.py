@@ -1,22 +1,50 @@
-"""Which waiting calls are computed together: a pure function, so that it can be read, tested and replaced.
+"""Which waiting calls are computed next, and together: pure functions of what waits, who is expected, and the time.
 
 Calls of one group of layers, one direction and one dtype become one product, whoever sent them: rows are independent.
-The oldest call decides what is computed next, so nobody waits behind a stream of younger calls.
+A tenant has one call under way at a time, so batches fill only if tenants that ran apart meet again and then stay
+together. Four rules see to that, numbered where they are enforced:
+
+1. an interactive call (few rows: a decoded token) goes before bulk, also one that is held by rule 4 or that a tenant
+   will ask for within `max_gap_s`; but when a bulk call has waited for `max_bulk_wait_s` and no bulk batch was under
+   way for as long, one bulk batch goes before all of them;
+2. of one batch in three the head is the tenant that was served least; of the others it is one of the largest group,
+   those who ask for the same now or soon. So a group passes through the model faster than who is alone, meets
+   everyone who takes the same way, and grows;
+3. the head takes along every waiting call of its key, least served first, as far as the batch's budget of time goes;
+   a long call gives as many rows as fit and keeps its place; with an interactive call at its head the budget is
+   `interactive_batch_s`, and interactive mates come first;
+4. a batch that is not full may be held for tenants that are expected to ask for the same, or to make up a larger group
+   elsewhere, within the time that computing it takes; what comes next by rule 2 is begun meanwhile.
+
+By these rules also those are served who are not the least served of their kind, but nobody who is more than
+`max_lead_s` ahead of it: that is what keeps the service even (`fairness`).
+
+Bounds. A batch takes at most `D`, the longer of `max_batch_s` and the time of `min_rows` rows; one with an interactive
+call at its head at most `d`, the longer of `interactive_batch_s` and the time of `min_rows` rows; both as far as the
+measured rate is right. Let `h` be `max_hold_s` and `w` `max_bulk_wait_s`. An interactive call that others' `n` batches
+with interactive heads go before waits, however much bulk there is, at most
+
+    D + (n + 1) (d + h) + k (D + h),   k = (n + 1) (d + h) / w, rounded up:
+
+what is under way when it comes, those `n` batches and its own with their holds, and bulk's turns. On one worker bulk
+that has waited for `w` is begun at most `2 d + h` later, however many interactive calls there are: at least `D` of each
+`D + w + 2 d + h` is bulk's. Several workers are no later.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+from symbiosis.errors import ConfigurationError
 from symbiosis.protocols.messages import Direction
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BatchKey:
-    """What calls must share to be computed together."""
+class BatchKey(NamedTuple):
+    """What calls must share to be computed together. A tuple: it is hashed and compared all the time."""
 
     layers: tuple[int, ...]
     direction: Direction
@@ -25,34 +53,260 @@ class BatchKey:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchConfig:
-    """Bounds of a batch."""
+    """Bounds of a batch. Times are in seconds, work in multiply-adds (rows times the group's parameters)."""
 
     max_rows: int = 16_384
-    """Rows that one product takes at most; a single longer call is computed alone."""
+    """Rows that one product takes at most; a longer call is computed in several."""
+    max_batch_s: float = 0.25
+    """How long one product may take, by the measured rate; at least `min_rows` rows are taken all the same."""
+    min_rows: int = 64
+    """Rows that a batch may have however long they take: cutting finer costs more than it gains."""
+    floor_rows: int = 16
+    """A pass over the weights costs as much time for one row as for about so many."""
+    interactive_rows: int = 8
+    """A call of at most so many rows is interactive."""
+    interactive_batch_s: float = 0.02
+    """How long a batch with an interactive call at its head may take."""
+    max_bulk_wait_s: float = 0.25
+    """A bulk call that has waited so long goes before interactive ones, if no other did for as long; as long as
+    `max_batch_s`, so that each kind has half of the time where both want all of it."""
+    max_gap_s: float = 0.005
+    """An interactive tenant that usually asks again within so long is waited for before bulk is begun."""
+    max_lead_s: float = 20.0
+    """How far ahead of the least served a tenant may be and still be served, in work of one worker."""
+    max_hold_s: float = 0.05
+    """How long a batch is held for expected calls at most."""
+    hold_share: float = 1.0
+    """The same bound as a share of the time that computing the batch takes; 0 holds nothing."""
 
     def __post_init__(self) -> None:
-        if self.max_rows < 1:
-            raise ValueError("max_rows must be at least 1")
+        if min(self.max_rows, self.min_rows, self.floor_rows) < 1 or self.interactive_rows < 0:
+            raise ConfigurationError("a batch takes at least one row", "Raise max_rows, min_rows and floor_rows")
+        if min(self.max_batch_s, self.interactive_batch_s, self.max_bulk_wait_s, self.max_lead_s) <= 0:
+            raise ConfigurationError("a batch's bounds of time and work are positive", "Raise the one that is not")
+        if min(self.max_hold_s, self.hold_share, self.max_gap_s) < 0:
+            raise ConfigurationError("a batch cannot be held for less than no time", "Set max_hold_s to 0 or more")
 
 
-def choose_batch(waiting: Sequence[tuple[BatchKey, int]], config: BatchConfig) -> list[int]:
-    """Choose the calls to compute next.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Waiting:
+    """A call, or what is left of it, that waits."""
+
+    tenant: str
+    key: BatchKey
+    rows: int
+    """Rows not computed yet, and of no batch in progress."""
+    total_rows: int
+    """Rows that the call came with: what makes it interactive or bulk."""
+    macs_per_row: int
+    """Parameters that one row meets."""
+    arrived_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Expected:
+    """A tenant with nothing waiting, and what it will probably ask for next."""
+
+    tenant: str
+    key: BatchKey
+    since_s: float
+    """When it began to compute for itself."""
+    usual_s: float
+    """How long that usually takes."""
+    at_s: float
+    """When it will ask, at the latest that is likely."""
+    interactive: bool = False
+    """Whether its last call was."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Take:
+    """Rows of one waiting call that are computed now."""
+
+    position: int
+    """Of the call in the list that was given."""
+    rows: int
+    """From its first uncomputed row."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decision:
+    """A batch to compute now, or when to ask again."""
+
+    batch: tuple[Take, ...] = ()
+    """Empty if nothing is to be done yet."""
+    bulk: bool = False
+    """Whether the call at the batch's head is bulk."""
+    again_s: float | None = None
+    """When to decide again at the latest; `None` without a batch means: when something arrives."""
+
+
+def decide(
+    waiting: Sequence[Waiting],
+    *,
+    served: Mapping[str, float],
+    expected: Sequence[Expected],
+    macs_per_s: float,
+    now_s: float,
+    config: BatchConfig,
+    bulk_ended_s: float = float("-inf"),
+    gather: bool = False,
+) -> Decision:
+    """Choose the next batch.
 
     Args:
-        waiting: key and row count of each waiting call, oldest first; not empty.
+        waiting: what waits, oldest first.
+        served: work done for each tenant so far, in multiply-adds (`fairness.Service`).
+        expected: tenants that will probably ask soon (`pace.Pace`).
+        macs_per_s: the measured rate of one worker.
+        now_s: the time, on the clock of `arrived_s`.
         config: bounds.
-
-    Returns:
-        Positions in `waiting`, ascending; the first is always 0. Calls of the oldest call's key are taken in order
-        until the next one would exceed `max_rows`; skipping it for a smaller, younger one would let it starve.
+        bulk_ended_s: when the last batch with a bulk call at its head ended; infinity while there is one under way.
+        gather: whether this is one of the batches, two in three, that the largest group gets.
     """
-    key, rows = waiting[0]
-    chosen = [0]
-    for position, (other, count) in enumerate(waiting[1:], start=1):
-        if other != key:
+    turn_s = _turn(waiting, bulk_ended_s, config)
+    quiet_s = _quiet_from(expected, config)
+    groups = _groups(waiting, expected, served, config) if gather else {}
+    lead = config.max_lead_s * macs_per_s
+    farthest = {bulk: _least_served(waiting, served, config, bulk=bulk) + lead for bulk in (False, True)}
+    held: dict[BatchKey, float] = {}
+    for leader in _order(waiting, served, groups, config, bulk_first=turn_s <= now_s):
+        call = waiting[leader]
+        bulk = not is_interactive(call.total_rows, config)
+        most = farthest[bulk]
+        if call.key in held or served.get(call.tenant, 0.0) > most:
             continue
-        if rows + count > config.max_rows:
+        near = [position for position, other in enumerate(waiting) if served.get(other.tenant, 0.0) <= most]
+        batch = _batch(leader, near, waiting, served, macs_per_s, config)
+        awaited = [entry for entry in expected if served.get(entry.tenant, 0.0) <= most]
+        until_s = _hold_until(call, batch, waiting, awaited, groups, macs_per_s, config)
+        if bulk:
+            until_s = max(until_s, min(turn_s, quiet_s))
+        if until_s <= now_s:
+            return Decision(batch=batch, bulk=bulk)
+        held[call.key] = until_s
+        if not bulk:
+            quiet_s = max(quiet_s, until_s)
+    return Decision(again_s=min(held.values(), default=None))
+
+
+def is_interactive(rows: int, config: BatchConfig) -> bool:
+    """Whether a call of `rows` rows is interactive rather than bulk."""
+    return rows <= config.interactive_rows
+
+
+def _turn(waiting: Sequence[Waiting], bulk_ended_s: float, config: BatchConfig) -> float:
+    """From when on bulk goes first, by rule 1."""
+    bulk = [call.arrived_s for call in waiting if not is_interactive(call.total_rows, config)]
+    return max(bulk_ended_s, min(bulk, default=float("inf"))) + config.max_bulk_wait_s
+
+
+def _quiet_from(expected: Sequence[Expected], config: BatchConfig) -> float:
+    """From when on no interactive call is expected any moment, by rule 1; one that takes its time is not waited for."""
+    soon = [entry.at_s for entry in expected if entry.interactive and entry.usual_s <= config.max_gap_s]
+    return max(soon, default=float("-inf"))
+
+
+def _groups(
+    waiting: Sequence[Waiting], expected: Sequence[Expected], served: Mapping[str, float], config: BatchConfig
+) -> dict[BatchKey, tuple[int, float]]:
+    """For each key how many ask for it, now or soon, and how much the most served of them was: the greater, the larger.
+
+    Of groups of as many tenants the one that is ahead is larger, so that it stays the one that moves.
+    """
+    soon = [entry for entry in expected if entry.usual_s <= config.max_hold_s]
+    groups: dict[BatchKey, tuple[int, float]] = {}
+    for key, tenant in [(call.key, call.tenant) for call in waiting] + [(entry.key, entry.tenant) for entry in soon]:
+        count, most = groups.get(key, (0, 0.0))
+        groups[key] = count + 1, max(most, served.get(tenant, 0.0))
+    return groups
+
+
+def _least_served(waiting: Sequence[Waiting], served: Mapping[str, float], config: BatchConfig, *, bulk: bool) -> float:
+    """What the least served was given who waits with a call of one kind."""
+    kind = [call for call in waiting if is_interactive(call.total_rows, config) is not bulk]
+    return min((served.get(call.tenant, 0.0) for call in kind), default=0.0)
+
+
+def _order(
+    waiting: Sequence[Waiting],
+    served: Mapping[str, float],
+    groups: Mapping[BatchKey, tuple[int, float]],
+    config: BatchConfig,
+    *,
+    bulk_first: bool,
+) -> list[int]:
+    """Positions by rules 1 and 2: the largest group's first, if there are `groups`."""
+
+    def rank(position: int) -> tuple[bool, float, float, float, float]:
+        call = waiting[position]
+        later = is_interactive(call.total_rows, config) is bulk_first
+        count, most = groups.get(call.key, (0, 0.0))
+        return later, -count, -most, served.get(call.tenant, 0.0), call.arrived_s
+
+    return sorted(range(len(waiting)), key=rank)
+
+
+def _batch(
+    leader: int,
+    near: Sequence[int],
+    waiting: Sequence[Waiting],
+    served: Mapping[str, float],
+    macs_per_s: float,
+    config: BatchConfig,
+) -> tuple[Take, ...]:
+    """The leader and its mates, by rule 3; positions ascend. Mates are among those `near` it in service."""
+    first = waiting[leader]
+    hurried = is_interactive(first.total_rows, config)
+    budget_s = config.interactive_batch_s if hurried else config.max_batch_s
+    room = min(config.max_rows, max(config.min_rows, int(budget_s * macs_per_s / max(1, first.macs_per_row))))
+
+    def rank(position: int) -> tuple[bool, float, float]:
+        call = waiting[position]
+        later = hurried and not is_interactive(call.total_rows, config)
+        return later, served.get(call.tenant, 0.0), call.arrived_s
+
+    mates = [position for position in near if position != leader and waiting[position].key == first.key]
+    takes = []
+    for position in (leader, *sorted(mates, key=rank)):
+        rows = min(waiting[position].rows, room)
+        if rows == 0:
             break
-        rows += count
-        chosen.append(position)
-    return chosen
+        takes.append(Take(position=position, rows=rows))
+        room -= rows
+    return tuple(sorted(takes, key=lambda take: take.position))
+
+
+def _hold_until(
+    leader: Waiting,
+    batch: tuple[Take, ...],
+    waiting: Sequence[Waiting],
+    expected: Sequence[Expected],
+    groups: Mapping[BatchKey, tuple[int, float]],
+    macs_per_s: float,
+    config: BatchConfig,
+) -> float:
+    """Until when to hold a batch by rule 4; the past if not at all."""
+    calls = [waiting[take.position] for take in batch]
+    if any(take.rows < call.rows for take, call in zip(batch, calls, strict=True)):
+        return float("-inf")  # it is full
+    rows = max(sum(take.rows for take in batch), config.floor_rows)
+    hold_s = min(config.max_hold_s, config.hold_share * rows * leader.macs_per_row / macs_per_s)
+    limit_s = min(call.arrived_s for call in calls) + hold_s
+    coming = [
+        min(entry.at_s, limit_s)
+        for entry in expected
+        if entry.key == leader.key and entry.since_s + entry.usual_s <= limit_s
+    ]
+    # Where everybody is busy, calls have waited for longer than that when their turn comes. The largest group is
+    # waited for all the same, once for each time that one of it computes for itself.
+    here = groups.get(leader.key, (0, 0.0))
+    coming += [
+        min(entry.at_s, entry.since_s + hold_s)
+        for entry in expected
+        if entry.usual_s <= hold_s
+        and entry.key.dtype == leader.key.dtype
+        and entry.interactive is is_interactive(leader.total_rows, config)
+        and groups.get(entry.key, (-1, 0.0)) >= here
+    ]
+    return max(coming, default=float("-inf"))

@@ -1,88 +1,202 @@
 """The executor: takes calls from many streams, computes those of one group together, and hands each its answer.
 
-Shape legend: T rows of one call, N rows of a batch.
+Which calls are computed next is `batching.decide`'s to say; here are the queue, the workers and the clock.
+
+Shape legend: T rows of one call, N rows of a batch, I width of the rows, O width of the answers.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
-from collections import deque
-from concurrent.futures import Future
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 
 import torch
 
-from symbiosis.errors import HostUnavailableError
-from symbiosis.protocols.messages import Call, Segment
-from symbiosis.server.batching import BatchConfig, BatchKey, choose_batch
-from symbiosis.server.linear import multiply
+from symbiosis.errors import ConfigurationError, HostUnavailableError
+from symbiosis.protocols.messages import Call, Segment, cut_segments
+from symbiosis.server.batching import BatchConfig, BatchKey, Decision, Waiting, decide, is_interactive
+from symbiosis.server.fairness import FairnessConfig, Service
+from symbiosis.server.linear import answer_width, multiply
+from symbiosis.server.pace import Pace
+from symbiosis.server.rate import Rate
 from symbiosis.server.weight import Weight
 
 _log = logging.getLogger(__name__)
 
+Answered = Callable[["torch.Tensor | Exception"], None]
+"""Told the answer, or why there is none; called once, by a worker."""
+
+_GATHERING = 3
+"""One batch in so many goes to who was served least, the others to the largest group (batching, rule 2)."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Waiting:
+class ExecutorConfig:
+    """How many compute, and by what rules."""
+
+    workers: int = 1
+    """Batches that are computed at once."""
+    threads: int | None = None
+    """Threads of one product; `None` leaves PyTorch's own number (products of few rows take all cores)."""
+    batching: BatchConfig = field(default_factory=BatchConfig)
+    fairness: FairnessConfig = field(default_factory=FairnessConfig)
+
+    def __post_init__(self) -> None:
+        if self.workers < 1 or (self.threads is not None and self.threads < 1):
+            raise ConfigurationError("an executor needs at least one worker of one thread", "Raise the number")
+
+    @property
+    def threads_per_product(self) -> int:
+        """Among how many threads a product of few rows is divided."""
+        return self.threads or max(1, (os.cpu_count() or 1) // self.workers)
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class _Job:
+    """A call, and how far it is."""
+
+    tenant: str
     key: BatchKey
     rows: torch.Tensor
     segments: tuple[Segment, ...]
     weights: tuple[Weight, ...]
-    done: Future[torch.Tensor] = field(default_factory=Future)
+    macs_per_row: int
+    out: torch.Tensor | None
+    answered: Answered
+    arrived_s: float
+    taken: int = 0
+    """Rows that batches have taken, from the first on."""
+    computed: int = 0
+    """As many of them as are not in a batch any more."""
+    failure: Exception | None = None
+    """Why the call has no answer."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing is being computed for it, nor will be: only then its places are its sender's again."""
+        return self.computed == self.taken and (self.failure is not None or self.taken == self.rows.shape[0])
+
+    def as_waiting(self) -> Waiting:
+        total = self.rows.shape[0]
+        return Waiting(
+            tenant=self.tenant,
+            key=self.key,
+            rows=total - self.taken,
+            total_rows=total,
+            macs_per_row=self.macs_per_row,
+            arrived_s=self.arrived_s,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Part:
+    """Rows of a job that are computed in one batch."""
+
+    job: _Job
+    start: int
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Batch:
+    """What one worker computes at once."""
+
+    parts: list[_Part]
+    bulk: bool
+    """Whether the call at its head is."""
 
 
 class Executor:
-    """One worker that evaluates frozen layers for everybody. Started by `start`, ended by `close`; a context manager.
+    """Workers that evaluate frozen layers for everybody. Started by `start`, ended by `close`; a context manager.
 
     Args:
-        config: bounds of a batch.
+        config: workers, and the bounds of a batch.
+        clock: seconds, monotonic.
     """
 
-    def __init__(self, config: BatchConfig | None = None) -> None:
-        self._config = config or BatchConfig()
-        self._waiting: deque[_Waiting] = deque()
+    def __init__(self, config: ExecutorConfig | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._config = config or ExecutorConfig()
+        self._clock = clock
+        self._waiting: list[_Job] = []
+        self._service = Service(self._config.fairness)
+        self._pace = Pace()
+        self._rate = Rate(floor_rows=self._config.batching.floor_rows)
         self._wake = threading.Condition()
         self._closed = False
-        self._worker: threading.Thread | None = None
+        self._begun = 0
+        self._bulk_running = 0
+        self._bulk_ended_s = float("-inf")
+        self._workers: list[threading.Thread] = []
         self.batches = 0
         self.calls = 0
+        """Calls, counted once for every batch that took some of their rows."""
 
     def start(self) -> Executor:
-        """Start the worker thread."""
-        self._worker = threading.Thread(target=self._run, name="symbiosis-executor", daemon=True)
-        self._worker.start()
+        """Start the workers."""
+        ready = threading.Barrier(self._config.workers + 1)
+        for number in range(self._config.workers):
+            worker = threading.Thread(target=self._run, args=(ready,), name=f"symbiosis-executor-{number}", daemon=True)
+            self._workers.append(worker)
+            worker.start()
+        ready.wait()
+        if self._config.threads is not None:
+            # A thread that is new to PyTorch takes the number that was set last, by whom ever: let it be ours again.
+            torch.set_num_threads(torch.get_num_threads())
         return self
 
-    def submit(self, request: Call, weights: tuple[Weight, ...]) -> Future[torch.Tensor]:
+    def submit(
+        self,
+        tenant: str,
+        call: Call,
+        weights: tuple[Weight, ...],
+        answered: Answered,
+        *,
+        out: torch.Tensor | None = None,
+    ) -> None:
         """Queue a call.
 
         Args:
-            request: a checked call; its rows are not written to.
+            tenant: whose it is.
+            call: a checked call; its rows are not written to.
             weights: the group's layers.
-
-        Returns:
-            The future answer, in the dtype of `rows`.
+            answered: told the answer, in the dtype of the rows, from a worker's thread; quick, and raises nothing.
+            out: where the answer is written, if it has a place already.
 
         Raises:
             HostUnavailableError: the executor is closed.
         """
-        key = BatchKey(layers=request.layers, direction=request.direction, dtype=request.rows.dtype)
-        call = _Waiting(key=key, rows=request.rows, segments=request.segments, weights=weights)
+        key = BatchKey(layers=call.layers, direction=call.direction, dtype=call.rows.dtype)
+        job = _Job(
+            tenant=tenant,
+            key=key,
+            rows=call.rows,
+            segments=call.segments,
+            weights=weights,
+            macs_per_row=sum(weight.parameters_per_row for weight in weights),
+            out=out,
+            answered=answered,
+            arrived_s=self._clock(),
+        )
         with self._wake:
             if self._closed:
                 raise HostUnavailableError("the host is shutting down", "Connect again in a moment")
-            self._waiting.append(call)
+            self._pace.arrived(tenant, key, now_s=job.arrived_s)
+            self._service.arrive(tenant, macs_per_s=self._rate.macs_per_s)
+            self._waiting.append(job)
             self._wake.notify()
-        return call.done
 
     def close(self) -> None:
-        """Answer what is queued, then end the worker."""
+        """Answer what is queued, then end the workers."""
         with self._wake:
             self._closed = True
-            self._wake.notify()
-        if self._worker is not None:
-            self._worker.join()
+            self._wake.notify_all()
+        for worker in self._workers:
+            worker.join()
 
     def __enter__(self) -> Executor:
         return self.start()
@@ -90,39 +204,130 @@ class Executor:
     def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
         self.close()
 
-    def _run(self) -> None:
-        while batch := self._take():
-            self.batches += 1
-            self.calls += len(batch)
-            try:
-                _answer(batch)
-            except Exception as error:
-                _log.exception("a batch of %d calls failed", len(batch))
-                for call in batch:
-                    call.done.set_exception(error)
+    def _run(self, ready: threading.Barrier) -> None:
+        if self._config.threads is not None:
+            # OpenMP keeps the number per thread, so that a tenant in the same process keeps its own.
+            torch.set_num_threads(self._config.threads)
+        ready.wait()
+        while self._work():
+            pass
 
-    def _take(self) -> list[_Waiting]:
+    def _work(self) -> bool:
+        """Wait for a batch and compute it; whether there was one. What it held is let go when it returns."""
+        batch = self._take()
+        if batch is None:
+            return False
+        started_s, failure = self._clock(), None
+        try:
+            self._make_places(batch.parts)
+            _compute(batch.parts, self._config.threads_per_product)
+        except Exception as error:
+            _log.exception("a batch of %d calls failed", len(batch.parts))
+            failure = error.with_traceback(None)  # it would hold the rows of everybody in the batch
+        for job in self._finish(batch, failure, started_s):
+            try:
+                job.answered(job.failure or _place(job))
+            except Exception:
+                _log.exception("an answer could not be handed over")
+        return True
+
+    def _take(self) -> _Batch | None:
+        """The next batch; waits for one, and gives none at the end."""
         with self._wake:
-            while not self._waiting and not self._closed:
-                self._wake.wait()
-            if not self._waiting:
-                return []
-            chosen = choose_batch([(call.key, call.rows.shape[0]) for call in self._waiting], self._config)
-            batch = [self._waiting[position] for position in chosen]
-            for position in reversed(chosen):
-                del self._waiting[position]
-            return batch
+            while True:
+                timeout_s = None
+                if self._waiting:
+                    decision = self._decide()
+                    if decision.batch:
+                        return self._begin(decision)
+                    timeout_s = None if decision.again_s is None else max(0.0, decision.again_s - self._clock())
+                elif self._closed:
+                    return None
+                self._wake.wait(timeout_s)
+
+    def _decide(self) -> Decision:
+        now_s = self._clock()
+        return decide(
+            [job.as_waiting() for job in self._waiting],
+            served=self._service.macs,
+            expected=[] if self._closed else self._pace.expected(now_s),
+            macs_per_s=self._rate.macs_per_s,
+            now_s=now_s,
+            config=self._config.batching,
+            bulk_ended_s=float("inf") if self._bulk_running else self._bulk_ended_s,
+            gather=self._begun % _GATHERING != 0,
+        )
+
+    def _begin(self, decision: Decision) -> _Batch:
+        parts = []
+        for take in decision.batch:
+            job = self._waiting[take.position]
+            parts.append(_Part(job=job, start=job.taken, rows=take.rows))
+            job.taken += take.rows
+            self._service.serve(job.tenant, take.rows * job.macs_per_row)
+        for job in [part.job for part in parts if part.job.taken == part.job.rows.shape[0]]:
+            self._service.leave(job.tenant)
+        self._waiting = [job for job in self._waiting if job.taken < job.rows.shape[0]]
+        self._begun += 1
+        self._bulk_running += decision.bulk
+        if self._waiting:
+            self._wake.notify()  # another worker may find a batch, too
+        return _Batch(parts=parts, bulk=decision.bulk)
+
+    def _make_places(self, parts: list[_Part]) -> None:
+        """Room for the answers; several workers may compute parts of one call."""
+        with self._wake:
+            for job in [part.job for part in parts if part.job.out is None]:
+                job.out = job.rows.new_empty((job.rows.shape[0], answer_width(job.weights, job.key.direction)))
+
+    def _finish(self, batch: _Batch, failure: Exception | None, started_s: float) -> list[_Job]:
+        """Count a batch; the calls that ended with it."""
+        now_s = self._clock()
+        ended = []
+        with self._wake:
+            self.batches += 1
+            self.calls += len(batch.parts)
+            if batch.bulk:
+                self._bulk_running -= 1
+                self._bulk_ended_s = now_s
+            if failure is None:
+                rows = sum(part.rows for part in batch.parts)
+                self._rate.measured(rows=rows, macs_per_row=batch.parts[0].job.macs_per_row, seconds=now_s - started_s)
+            for part in batch.parts:  # a batch takes rows of a call once
+                job = part.job
+                job.computed += part.rows
+                job.failure = job.failure or failure
+                if job.failure is not None and job in self._waiting:  # the rest would be of no use
+                    self._waiting.remove(job)
+                    self._service.leave(job.tenant)
+                if job.has_ended:
+                    ended.append(job)
+                    interactive = is_interactive(job.rows.shape[0], self._config.batching)
+                    self._pace.answered(job.tenant, job.key, interactive=interactive, now_s=now_s)
+        return ended
 
 
 @torch.no_grad()
-def _answer(batch: list[_Waiting]) -> None:
-    key, weights = batch[0].key, batch[0].weights
-    if len(batch) == 1:
-        batch[0].done.set_result(multiply(batch[0].rows, weights, key.direction, batch[0].segments))
+def _compute(parts: list[_Part], threads: int) -> None:
+    """Write the answers to the parts' rows into the places of their calls."""
+    key, weights = parts[0].job.key, parts[0].job.weights
+    outs = [_place(part.job)[part.start : part.start + part.rows] for part in parts]
+    rows = [part.job.rows[part.start : part.start + part.rows] for part in parts]
+    segments = [
+        segment for part in parts for segment in cut_segments(part.job.segments, part.start, part.start + part.rows)
+    ]
+    if len(parts) == 1:
+        multiply(rows[0], weights, key.direction, segments, out=outs[0], threads=threads)
         return
-    rows_N = torch.cat([call.rows for call in batch])
-    segments = [segment for call in batch for segment in call.segments]
-    answers = multiply(rows_N, weights, key.direction, segments).split([call.rows.shape[0] for call in batch])
-    for call, answer_T in zip(batch, answers, strict=True):
-        # A copy of its own: no tenant's answer shares memory with another's.
-        call.done.set_result(answer_T.clone())
+    # Tenants' rows may be on different devices, the group's weights are (nearly always) on one.
+    rows_N = torch.cat([part_TI.to(weights[0].device) for part_TI in rows])
+    answer_NO = multiply(rows_N, weights, key.direction, segments, threads=threads)
+    for out_TO, answer_TO in zip(outs, answer_NO.split([part.rows for part in parts]), strict=True):
+        out_TO.copy_(answer_TO)  # a copy of its own: no tenant's answer shares memory with another's
+
+
+def _place(job: _Job) -> torch.Tensor:
+    """Where the answer of a call goes, which it has from its first batch on."""
+    if job.out is None:
+        raise HostUnavailableError("a call has no place for its answer")
+    return job.out

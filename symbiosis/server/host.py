@@ -5,17 +5,22 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
 from types import TracebackType
 
+import torch
+
 from symbiosis import __version__
-from symbiosis.errors import VersionError
+from symbiosis.errors import ShapeError, VersionError
 from symbiosis.protocols.codec import Reply, Request
 from symbiosis.protocols.limits import PROTOCOL_VERSION
 from symbiosis.protocols.messages import Answer, Blob, BlobKind, Call, Direction, Fetch, Hello, Welcome, check_rows
+from symbiosis.protocols.status import Refusal
 from symbiosis.server.admission import Admission, AdmissionConfig, Ticket
+from symbiosis.server.answering import refuse
 from symbiosis.server.base import HostedBase
-from symbiosis.server.batching import BatchConfig
-from symbiosis.server.executor import Executor
+from symbiosis.server.executor import Executor, ExecutorConfig
 
 _log = logging.getLogger(__name__)
 
@@ -25,16 +30,16 @@ class Host:
 
     Args:
         base: what to serve.
-        batching: bounds of the executor's batches.
+        executor: how many compute, and by what rules.
         admission: what tenants may have under way.
     """
 
     def __init__(
-        self, base: HostedBase, *, batching: BatchConfig | None = None, admission: AdmissionConfig | None = None
+        self, base: HostedBase, *, executor: ExecutorConfig | None = None, admission: AdmissionConfig | None = None
     ) -> None:
         self.base = base
         self._admission = Admission(admission)
-        self._executor = Executor(batching).start()
+        self._executor = Executor(executor).start()
         self._rows: Counter[str] = Counter()
         self._lock = threading.Lock()
 
@@ -44,9 +49,40 @@ class Host:
             case Hello():
                 return self._welcome(tenant, request)
             case Call():
-                return self._answer(tenant, request)
+                reply: Future[Answer | Refusal] = Future()
+                self.submit(tenant, request, reply.set_result)
+                return reply.result()
             case Fetch():
                 return Blob(number=request.number, data=self._blob(request))
+
+    def submit(
+        self,
+        tenant: str,
+        call: Call,
+        done: Callable[[Answer | Refusal], None],
+        *,
+        out: torch.Tensor | None = None,
+    ) -> None:
+        """See `protocols.transport.Handler`."""
+
+        def answered(answer: torch.Tensor | Exception) -> None:
+            if isinstance(answer, Exception):
+                done(refuse(tenant, answer, number=call.number))
+                return
+            with self._lock:
+                self._rows[tenant] += call.rows.shape[0]
+            done(Answer(number=call.number, rows=answer))
+
+        try:
+            width, out_width = self.base.manifest.widths(call.layers, call.direction)
+            check_rows(call.rows, width=width)
+            if out is not None and (out.dtype, out.shape) != (call.rows.dtype, (call.rows.shape[0], out_width)):
+                # Found out in the product it would fail those who share the batch.
+                raise ShapeError(f"a place of shape {tuple(out.shape)} and {out.dtype} is not that of the answer")
+            self.base.manifest.check_segments(call.layers, call.segments, rows=call.rows.shape[0])
+            self._executor.submit(tenant, call, self.base.group(call.layers), answered, out=out)
+        except Exception as error:
+            done(refuse(tenant, error, number=call.number))
 
     def expected_width(self, layers: tuple[int, ...], direction: Direction) -> int:
         """See `protocols.transport.Handler`."""
@@ -105,16 +141,6 @@ class Host:
             manifest_digest=self.base.manifest.digest,
             max_message_bytes=self._admission.max_message_bytes,
         )
-
-    def _answer(self, tenant: str, call: Call) -> Answer:
-        width, _ = self.base.manifest.widths(call.layers, call.direction)
-        check_rows(call.rows, width=width)
-        self.base.manifest.check_segments(call.layers, call.segments, rows=call.rows.shape[0])
-        weights = self.base.group(call.layers)
-        rows = self._executor.submit(call, weights).result()
-        with self._lock:
-            self._rows[tenant] += call.rows.shape[0]
-        return Answer(number=call.number, rows=rows)
 
     def _blob(self, fetch: Fetch) -> bytes:
         if fetch.kind is BlobKind.MANIFEST:

@@ -1,77 +1,188 @@
 """The host's arithmetic: products of rows with frozen layers, forward and backward. Pure functions.
 
+Weights may be on several devices; rows are brought to them, and answers back to where the rows were.
+
 Shape legend: T rows, I input width of the group, O summed output widths, Ok output width of layer k.
 A frozen layer is `y = x Wᵀ`; its gradient with respect to the rows is `g W`. Neither needs anything from the other,
 which is what makes the host stateless (DESIGN: the one idea).
+
+A product is taken in the wider of the rows' dtype and the weight's. Where the processor has no arithmetic of that dtype
+(bfloat16 and float16 on most CPUs: PyTorch then multiplies rows one by one, an eighth as fast or less) it is taken in
+float32, which only makes it more exact; weights are widened in pieces, so that they are held once.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 
 from symbiosis.protocols.messages import Direction, Segment
-from symbiosis.server.weight import Weight
+from symbiosis.server import skinny
+from symbiosis.server.weight import Weight, fused
+
+_PIECE_ELEMENTS = 1 << 22
+"""Elements of a weight that are widened at a time: 16 MiB of float32."""
 
 
 def multiply(
-    rows: torch.Tensor, weights: Sequence[Weight], direction: Direction, segments: Sequence[Segment] = ()
+    rows: torch.Tensor,
+    weights: Sequence[Weight],
+    direction: Direction,
+    segments: Sequence[Segment] = (),
+    *,
+    out: torch.Tensor | None = None,
+    threads: int = 1,
 ) -> torch.Tensor:
     """Multiply rows by a group of layers, or by the matrices of a stack.
 
     Args:
         rows: `x_TI` (forward) or `g_TO` (backward); any floating dtype.
-        weights: the group's layers in order.
+        weights: the group's layers in order; on several devices where a call names layers far apart.
         direction: which product.
         segments: for a stack, which matrix each row meets; rows of one matrix are gathered, whoever sent them.
+        out: where the answer goes, of its shape and the dtype of `rows`; made if there is none.
+        threads: among how many a product of few rows is divided; other products take PyTorch's own number.
 
     Returns:
         `y_TO` (forward: the layers' answers side by side) or `g_TI` (backward: the sum over the layers), in the dtype
-        of `rows`. Where a weight has another dtype, the product is taken in the wider of both.
+        and on the device of `rows`: `out` if it was given.
     """
-    if segments:
-        return _segmented(rows, weights[0], direction, segments)
+    device = weights[0].device
+    if any(weight.device != device for weight in weights):
+        answer = _one_by_one(rows, weights, direction)
+    elif rows.device == device and (out is None or out.device == device):
+        answer = out if out is not None else rows.new_empty((rows.shape[0], answer_width(weights, direction)))
+        if segments:
+            _segmented(rows, weights[0], direction, segments, answer, threads)
+        elif direction is Direction.FORWARD:
+            _forward(rows, fused(weights), answer, threads)
+        else:
+            _backward(rows, fused(weights), answer)
+        return answer
+    else:
+        answer = multiply(rows.to(device), weights, direction, segments, threads=threads)
+    return answer.to(rows.device) if out is None else out.copy_(answer)
+
+
+def answer_width(weights: Sequence[Weight], direction: Direction) -> int:
+    """Width of the answer of a group."""
     if direction is Direction.FORWARD:
-        return _forward(rows, weights)
-    return _backward(rows, weights)
+        return sum(weight.in_out().shape[-1] for weight in weights)
+    return weights[0].in_out().shape[-2]
 
 
-def _segmented(rows: torch.Tensor, weight: Weight, direction: Direction, segments: Sequence[Segment]) -> torch.Tensor:
-    pieces = rows.split([segment.rows for segment in segments])
+def _one_by_one(rows: torch.Tensor, weights: Sequence[Weight], direction: Direction) -> torch.Tensor:
+    """The product with each weight on its own device; they meet on the rows'."""
+    if direction is Direction.FORWARD:
+        return torch.cat([multiply(rows, [weight], direction) for weight in weights], dim=1)
+    parts = rows.split([weight.in_out().shape[1] for weight in weights], dim=1)
+    products = [multiply(part, [weight], direction) for part, weight in zip(parts, weights, strict=True)]
+    return torch.stack(products).sum(dim=0)
+
+
+def _segmented(
+    rows: torch.Tensor,
+    weight: Weight,
+    direction: Direction,
+    segments: Sequence[Segment],
+    answer: torch.Tensor,
+    threads: int,
+) -> None:
+    counts = [segment.rows for segment in segments]
+    pieces, places = rows.split(counts), answer.split(counts)
     by_matrix: dict[int, list[int]] = {}
     for position, segment in enumerate(segments):
         by_matrix.setdefault(segment.matrix, []).append(position)
-    answers: dict[int, torch.Tensor] = {}
     for matrix, positions in by_matrix.items():
-        gathered = [pieces[position] for position in positions]
-        joined = gathered[0] if len(gathered) == 1 else torch.cat(gathered)
-        product = multiply(joined, [weight.matrix(matrix)], direction)
-        answers.update(zip(positions, product.split([piece.shape[0] for piece in gathered]), strict=True))
-    return torch.cat([answers[position] for position in range(len(segments))])
+        if len(positions) == 1:
+            multiply(
+                pieces[positions[0]], [weight.matrix(matrix)], direction, out=places[positions[0]], threads=threads
+            )
+            continue
+        joined = torch.cat([pieces[position] for position in positions])
+        product = multiply(joined, [weight.matrix(matrix)], direction, threads=threads)
+        for position, part in zip(positions, product.split([counts[position] for position in positions]), strict=True):
+            places[position].copy_(part)
 
 
-def _forward(x_TI: torch.Tensor, weights: Sequence[Weight]) -> torch.Tensor:
-    parts = []
-    for weight in weights:
-        y_TO = _product(x_TI, weight.in_out(), weight.dtype)
-        parts.append(y_TO if weight.scale is None else y_TO.mul_(weight.scale.to(y_TO.dtype)))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+def _forward(x_TI: torch.Tensor, weights: Sequence[Weight], y_TO: torch.Tensor, threads: int) -> None:
+    parts = y_TO.split([weight.in_out().shape[1] for weight in weights], dim=1)
+    for weight, y_TOk in zip(weights, parts, strict=True):
+        if weight.scale is None:
+            _product(x_TI, weight.in_out(), y_TOk, threads)
+            continue
+        product_TOk = x_TI.new_empty(y_TOk.shape, dtype=_arithmetic(x_TI, weight.in_out()))
+        _product(x_TI, weight.in_out(), product_TOk, threads)
+        y_TOk.copy_(product_TOk.mul_(weight.scale.to(product_TOk.dtype)))
 
 
-def _backward(g_TO: torch.Tensor, weights: Sequence[Weight]) -> torch.Tensor:
+def _backward(g_TO: torch.Tensor, weights: Sequence[Weight], g_TI: torch.Tensor) -> None:
     widths = [weight.in_out().shape[1] for weight in weights]
+    parts = list(zip(g_TO.split(widths, dim=1), weights, strict=True))
+    if len(parts) == 1 and weights[0].scale is None:
+        _product(g_TO, weights[0].in_out().T, g_TI, 1)
+        return
+    # Summed in the wider dtype, rounded once.
     total_TI: torch.Tensor | None = None
-    for g_TOk, weight in zip(g_TO.split(widths, dim=1), weights, strict=True):
-        scaled_TOk = g_TOk if weight.scale is None else g_TOk * weight.scale.to(g_TOk.dtype)
-        part_TI = _product(scaled_TOk, weight.in_out().T, weight.dtype)
+    for g_TOk, weight in parts:
+        dtype = _arithmetic(g_TOk, weight.in_out())
+        wide_TOk = g_TOk.to(dtype)
+        wide_TOk = wide_TOk if weight.scale is None else wide_TOk * weight.scale.to(dtype)
+        part_TI = g_TO.new_empty(g_TI.shape, dtype=dtype)
+        _product(wide_TOk, weight.in_out().T, part_TI, 1)
         total_TI = part_TI if total_TI is None else total_TI.add_(part_TI)
-    return total_TI if total_TI is not None else g_TO
+    if total_TI is not None:
+        g_TI.copy_(total_TI)
 
 
-def _product(rows: torch.Tensor, matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`rows @ matrix` in the wider of the rows' dtype and `dtype`, in the rows' dtype."""
-    if rows.dtype == matrix.dtype:
-        return rows @ matrix
-    common = torch.promote_types(rows.dtype, dtype)
-    return (rows.to(common) @ matrix.to(common)).to(rows.dtype)
+def _product(rows: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor, threads: int) -> None:
+    """Write `rows @ matrix` to `out`; dtypes as the module says."""
+    weight_OI = matrix.T
+    if skinny.suits(rows.shape[0], weight_OI) and rows.dtype is not torch.float64:
+        _skinny(rows, weight_OI, out, threads)
+        return
+    dtype = _arithmetic(rows, matrix)
+    if rows.dtype == matrix.dtype == out.dtype == dtype:
+        torch.mm(rows, matrix, out=out)
+        return
+    wide = rows.to(dtype)
+    if matrix.dtype == dtype:
+        out.copy_(wide @ matrix)
+        return
+    step = max(1, _PIECE_ELEMENTS // matrix.shape[0])
+    for start in range(0, matrix.shape[1], step):
+        piece = matrix[:, start : start + step].to(dtype)
+        target = out[:, start : start + step]
+        if out.dtype == dtype:
+            torch.mm(wide, piece, out=target)
+        else:
+            target.copy_(wide @ piece)
+
+
+def _skinny(rows: torch.Tensor, weight_OI: torch.Tensor, out: torch.Tensor, threads: int) -> None:
+    x_MI = rows.to(torch.float32).contiguous()
+    if out.dtype is torch.float32:
+        skinny.multiply(x_MI, weight_OI, out, threads=threads)
+        return
+    y_MO = x_MI.new_empty(out.shape)
+    skinny.multiply(x_MI, weight_OI, y_MO, threads=threads)
+    out.copy_(y_MO)
+
+
+def _arithmetic(rows: torch.Tensor, matrix: torch.Tensor) -> torch.dtype:
+    """The dtype that a product is taken in."""
+    stored = matrix.dtype if matrix.dtype.is_floating_point else torch.float32
+    wider = torch.promote_types(rows.dtype, stored)
+    return wider if rows.device.type != "cpu" or _has_arithmetic(wider) else torch.float32
+
+
+@functools.cache
+def _has_arithmetic(dtype: torch.dtype) -> bool:
+    """Whether this machine's CPU multiplies matrices of `dtype` with instructions made for it."""
+    if dtype is torch.bfloat16:
+        return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype is torch.float16:
+        return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return True

@@ -12,7 +12,7 @@ A stream is served by these rules, numbered where they are enforced:
 6. A stream that stands still in the middle of a message, because the tenant sends no more or takes no more, is ended.
    One tenant has so many sessions and not more, and what it has under way is bounded (`admission`).
 
-Rules 3 to 5 are enforced in `stream`.
+Rules 3 to 5 are enforced in `stream` and in `answering`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from types import TracebackType
 
 import grpc
@@ -28,9 +27,10 @@ import grpc
 from symbiosis.errors import CertificateError, ConfigurationError, OverloadedError
 from symbiosis.protocols.codec import encode_reply
 from symbiosis.protocols.grpc_client import CHANNEL_OPTIONS
-from symbiosis.protocols.identity import Credentials, expiry_of, tenant_of
+from symbiosis.protocols.identity import Credentials
 from symbiosis.protocols.status import refusal_of
 from symbiosis.protocols.transport import Handler
+from symbiosis.server.answering import Peer, peer_of
 from symbiosis.server.stalls import Stalls
 from symbiosis.server.stream import Stream
 
@@ -148,20 +148,14 @@ class Service:
             Stream(self._handler, peer.tenant, stopwatch) as stream,
         ):
             for chunk in chunks:
-                if peer.expires <= datetime.now(UTC):
+                if peer.expired:
                     context.abort(grpc.StatusCode.UNAUTHENTICATED, "the certificate has expired")  # rule 2
                 yield from stream.feed(chunk)
                 if stream.ended:
                     return  # rule 4
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Peer:
-    tenant: str
-    expires: datetime
-
-
-def _authenticate(context: grpc.ServicerContext) -> _Peer:
+def _authenticate(context: grpc.ServicerContext) -> Peer:
     """Who is at the other end, by rules 1 and 2.
 
     Raises:
@@ -171,7 +165,4 @@ def _authenticate(context: grpc.ServicerContext) -> _Peer:
     versions = [bytes(value).decode(errors="replace") for value in auth.get("ssl_tls_version", ())]
     if versions != ["TLSv1.3"]:
         raise CertificateError(f"the stream uses {versions[0] if versions else 'no TLS'}, not TLS 1.3", "Update TLS")
-    certificate = b"".join(auth.get("x509_pem_cert", ()))
-    if not certificate:
-        raise CertificateError("the stream shows no certificate", "Enrol at this host")
-    return _Peer(tenant=tenant_of(certificate), expires=expiry_of(certificate))
+    return peer_of(b"".join(auth.get("x509_pem_cert", ())))

@@ -1,7 +1,7 @@
 """One tenant's stream at the host: puts messages together, answers them one by one, and holds no more than is admitted.
 
-Rules 3 to 5 of `service` are enforced here, and the order that `admission` asks for: room before the buffer, given
-back when nothing of the message or its answer is left in this process.
+Rules 3 to 5 of `service` are enforced here and in `answering`, and the order that `admission` asks for: room before the
+buffer, given back when nothing of the message or its answer is left in this process.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import logging
 from collections.abc import Iterator
 from types import TracebackType
 
-from symbiosis.errors import OverloadedError, ProtocolError, SymbiosisError
+from symbiosis.errors import ProtocolError
 from symbiosis.protocols.codec import Assembler, Reply, Request, encode_reply, request_reader
 from symbiosis.protocols.limits import MAX_MESSAGE_BYTES
-from symbiosis.protocols.messages import Call, Fetch, Hello, Welcome
+from symbiosis.protocols.messages import Welcome
 from symbiosis.protocols.status import Refusal, refusal_of
 from symbiosis.protocols.transport import Handler, Ticket
+from symbiosis.server.answering import reply_to
 from symbiosis.server.stalls import Stopwatch
 
 _log = logging.getLogger(__name__)
@@ -76,24 +77,7 @@ class Stream:
             return refusal_of(error, number=0)
         if message is None or isinstance(message, Refusal):
             return message
-        return self._reply(message)
-
-    def _reply(self, request: Request) -> Reply:
-        number = request.number if isinstance(request, Call | Fetch) else 0
-        try:
-            if not self._greeted and not isinstance(request, Hello):
-                raise ProtocolError("a stream begins with a hello", "Send it first")  # rule 3
-            if isinstance(request, Fetch):
-                self._admit(byte_count=self._handler.blob_bytes(request), rows=0)
-            reply = self._handler.handle(self._tenant, request)
-        except OverloadedError as error:
-            return refusal_of(error, number=number)
-        except SymbiosisError as error:
-            _log.warning("refused a message of tenant %s: %s", self._tenant, error.code)
-            return refusal_of(error, number=number)
-        except Exception as error:
-            _log.exception("failed to answer a message of tenant %s", self._tenant)
-            return refusal_of(error, number=number)  # rule 5
+        reply = reply_to(self._handler, self._tenant, message, greeted=self._greeted, admit=self._admit)
         self._greeted = self._greeted or isinstance(reply, Welcome)
         return reply
 

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from symbiosis.clients.base import Base
 from symbiosis.clients.connection import connect
@@ -21,10 +21,12 @@ from symbiosis.protocols.authority import Authority
 from symbiosis.protocols.identity_directory import create_request, install_certificate
 from symbiosis.protocols.inprocess import InProcessTransport
 from symbiosis.protocols.manifest import Publish, Storage
+from symbiosis.protocols.messages import wire_dtype_of
 from symbiosis.protocols.transcript import TranscriptWriter
 from symbiosis.server.admission import AdmissionConfig
 from symbiosis.server.base import HostedBase, host_model, load_base
 from symbiosis.server.host import Host
+from symbiosis.server.placement import Devices, usable_devices
 from symbiosis.simulations.builtin import resolve_base
 
 if TYPE_CHECKING:
@@ -49,63 +51,69 @@ def local_base(
     publish: Publish | str = Publish.HALF,
     weights: Storage | str = Storage.FLOAT,
     dtype: str = "auto",
+    devices: Devices = (),
     experts: Experts | str = Experts.CALLED,
+    wire_dtype: str = "auto",
 ) -> Base:
     """Host a base here and connect to it.
 
     Args:
         model_or_path: a `transformers` model in memory (which is not changed), a directory, a hub id, or `"builtin"`
             for the small base that comes with this package.
-        transport: `"inprocess"`, or `"grpc"` for mutual TLS over loopback; then other processes on this machine may
-            `connect(base.address, identity=base.identity)` too.
+        transport: `"inprocess"`, `"shm"` for shared memory, or `"grpc"` for mutual TLS over loopback; with the last two
+            other processes on this machine may `connect(base.address, identity=base.identity)` too.
         privacy: as `connect`.
         record: as `connect`.
         ledger: file to continue or begin; by default one that is removed when the base is closed.
         publish: what the host publishes; `"all"` lets operations that need a hosted weight's numbers download it.
         weights: `"float"`, or `"int8"` to hold them rounded to eight bits, one scale per output row.
         dtype: dtype of a base that is loaded; `auto` keeps the file's.
+        devices: where the host holds the weights: `"cuda:0"`, or `("cuda:0", "cuda:1")` for ranges of layers; by
+            default where the model is. In process, rows of a model on a device stay there.
         experts: as `connect`.
+        wire_dtype: as `connect`.
 
     Raises:
         ConfigurationError: the base cannot be hosted, or an argument cannot be used.
     """
-    if transport not in {"inprocess", "grpc"}:
-        raise UnsupportedError(f"there is no transport {transport!r} in this version", "Use 'inprocess' or 'grpc'")
-    mechanism, choice = resolve_mechanism(privacy), experts_of(experts)
+    if transport not in {"inprocess", "shm", "grpc"}:
+        message = f"there is no transport {transport!r} in this version"
+        raise UnsupportedError(message, "Use 'inprocess', 'shm' or 'grpc'")
+    mechanism, choice, usable = resolve_mechanism(privacy), experts_of(experts), usable_devices(devices)
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="symbiosis-local-")))
-        host = stack.enter_context(
-            Host(_hosted(model_or_path, Publish(publish), Storage(weights), dtype), admission=_ONE_TENANT)
-        )
+        hosted = _hosted(model_or_path, dtype, publish=Publish(publish), storage=Storage(weights), devices=usable)
+        host = stack.enter_context(Host(hosted, admission=_ONE_TENANT))
         ledger_path = Path(ledger) if ledger is not None else scratch / "ledger.jsonl"
-        if transport == "grpc":
-            address = _serve(host, scratch, stack)
+        if transport != "inprocess":
             base = connect(
-                address,
+                _serve(host, transport, scratch, stack),
                 identity=scratch / "identity",
                 privacy=mechanism,
                 record=record,
                 ledger=ledger_path,
                 cache=None,
                 experts=choice,
+                wire_dtype=wire_dtype,
             )
         else:
             transcript = TranscriptWriter(record) if record is not None else None
             book = Ledger.open(ledger_path, tenant=LOCAL_TENANT)
             stack.callback(book.close)
             gate = EgressGate(book, destination="inprocess", transcript=transcript)
-            session = Session(InProcessTransport(host, tenant=LOCAL_TENANT), gate, mechanism)
+            wire = InProcessTransport(host, tenant=LOCAL_TENANT)
+            session = Session(wire, gate, mechanism, wire_dtype=wire_dtype_of(wire_dtype))
             base = Base(session, book, experts=choice)
         return base.own(stack.pop_all().close)
 
 
-def _hosted(model_or_path: PreTrainedModel | str | Path, publish: Publish, storage: Storage, dtype: str) -> HostedBase:
+def _hosted(model_or_path: PreTrainedModel | str | Path, dtype: str, **options: Any) -> HostedBase:
     if isinstance(model_or_path, str | Path):
-        return load_base(resolve_base(str(model_or_path)), dtype=dtype, publish=publish, storage=storage)
+        return load_base(resolve_base(str(model_or_path)), dtype=dtype, **options)
     if dtype != "auto":
         raise ConfigurationError("`dtype` goes with a base that is loaded", "Cast the model with `model.to(dtype)`")
     with _frozen(model_or_path):
-        return host_model(model_or_path, name=type(model_or_path).__name__, publish=publish, storage=storage)
+        return host_model(model_or_path, name=type(model_or_path).__name__, **options)
 
 
 @contextlib.contextmanager
@@ -121,15 +129,18 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _serve(host: Host, scratch: Path, stack: contextlib.ExitStack) -> str:
-    """Put the host on loopback under an authority of its own; the address."""
-    from symbiosis.server.service import Service  # noqa: PLC0415 - loads gRPC
-
+def _serve(host: Host, transport: str, scratch: Path, stack: contextlib.ExitStack) -> str:
+    """Let other processes on this machine reach the host, under an authority of its own; the address."""
     authority = Authority.create(common_name="symbiosis local", lifetime=timedelta(days=365))
     identity = scratch / "identity"
     request = create_request(identity, LOCAL_TENANT)
     certificate = authority.sign_tenant(request, lifetime=timedelta(days=365), expected_name=LOCAL_TENANT)
     install_certificate(identity, certificate_pem=certificate, ca_pem=authority.certificate_pem)
-    service = Service(host, authority.issue_host(["127.0.0.1"], lifetime=timedelta(days=365)))
-    stack.callback(service.close)
-    return service.address
+    credentials = authority.issue_host(["127.0.0.1"], lifetime=timedelta(days=365))
+    if transport == "shm":
+        from symbiosis.server.shm_service import ShmConfig, ShmService  # noqa: PLC0415 - Linux only
+
+        return stack.enter_context(ShmService(host, credentials, ShmConfig(path=scratch / "shm" / "host"))).address
+    from symbiosis.server.service import Service  # noqa: PLC0415 - loads gRPC
+
+    return stack.enter_context(Service(host, credentials)).address

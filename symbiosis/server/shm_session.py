@@ -138,9 +138,8 @@ class ShmSession:
             with contextlib.ExitStack() as undo:
                 own_bell, tenants_end = _pipe(undo, tenants_own, own=0)
                 tenant_bell, tenants_ear = _pipe(undo, tenants_own, own=1)
-                memory = SharedMemory(file, payload_bytes=payload_bytes)
+                self._open(SharedMemory(file, payload_bytes=payload_bytes), own_bell, tenant_bell)
                 undo.pop_all()
-            self._open(memory, own_bell, tenant_bell)
             self._channel.send(encoded, descriptors=(file, tenants_end, tenants_ear))
 
     def _open(self, memory: SharedMemory, own_bell: int, tenant_bell: int) -> None:
@@ -150,14 +149,11 @@ class ShmSession:
             max_message_bytes=requests.payload_bytes,
             rows_of=lambda _, dtype, shape: requests.rows(dtype, shape),
         )
-        line = _Line(memory=memory, read_request=read_request, own_bell=own_bell, tenant_bell=tenant_bell)
         with self._lock:
             if self._ended:
-                os.close(own_bell)
-                os.close(tenant_bell)
-                return
-            self._line = line
+                raise ConnectionResetError("the session was ended")
             self._bells.add(own_bell, self._answer_bell)
+            self._line = _Line(memory=memory, read_request=read_request, own_bell=own_bell, tenant_bell=tenant_bell)
 
     # --- calls, on the thread of the bells
 

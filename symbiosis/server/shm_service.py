@@ -25,6 +25,7 @@ import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 
@@ -87,6 +88,8 @@ class ShmService:
     def __init__(self, handler: Handler, credentials: Credentials, config: ShmConfig) -> None:
         require_shared_memory()
         self._handler = handler
+        # A tenant asks for the same few groups again and again, and what a base holds does not change.
+        self._expected_width = lru_cache(maxsize=256)(handler.expected_width)
         self._config = config
         self._context = host_context(credentials)
         self._path = Path(config.path)
@@ -211,6 +214,7 @@ class ShmService:
                 channel,
                 peer,
                 self._handler,
+                expected_width=self._expected_width,
                 bells=self._bells,
                 workers=self._workers,
                 payload_bytes=self._config.max_message_bytes,

@@ -206,5 +206,5 @@ class Scripted:
         else:
             self._host.submit(tenant, call, done, out=out)
 
-    def expected_width(self, layers: tuple[int, ...], direction: Direction) -> int:
-        return self._host.expected_width(layers, direction)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._host, name)  # admission, widths

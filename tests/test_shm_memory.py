@@ -60,7 +60,7 @@ def test_what_does_not_fit_is_not_put() -> None:
 
 def test_codecs_default_reads_in_place() -> None:
     encoded = encode_request(honest_call(rows=torch.ones(2, 48)))
-    read = request_reader(expected_width=lambda _, __: 48, max_message_bytes=1 << 20)
+    read = request_reader(expected_width=lambda _, __: 48, max_message_bytes=1 << 20, admit=lambda **_: None)
     data = bytearray(encoded.payload)
     call = read(encoded.header).finish(memoryview(data))
     assert isinstance(call, Call)
@@ -118,7 +118,7 @@ def test_a_header_with_a_byte_changed_is_read_as_by_the_codec(
     headers: list[tuple[bytes, int, int]], areas: SharedMemory
 ) -> None:
     reader = CallReader(areas.requests, expected_width=lambda _, __: 4)
-    full = request_reader(expected_width=lambda _, __: 4, max_message_bytes=1 << 16)
+    full = request_reader(expected_width=lambda _, __: 4, max_message_bytes=1 << 16, admit=lambda **_: None)
     for header, position, value in headers:
         damaged = bytearray(header)
         damaged[position % len(header)] = value

@@ -239,8 +239,8 @@ class Changed:
     ) -> None:
         self._host.submit(tenant, call, lambda reply: done(self._change(call, reply)), out=out)  # type: ignore[arg-type]
 
-    def expected_width(self, layers: tuple[int, ...], direction: Direction) -> int:
-        return self._host.expected_width(layers, direction)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._host, name)  # admission, widths
 
 
 def test_a_fetch_longer_than_any_message(reach: Reach, host: Host) -> None:

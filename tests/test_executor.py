@@ -271,7 +271,7 @@ def blocked(host: Host) -> Iterator[Callable[[], None]]:
 
 def test_what_waits_for_the_same_is_one_product(base: HostedBase, open_host: Callable[..., Host]) -> None:
     generator = random.Random(3)
-    host = open_host()
+    host = open_host(batching=BatchConfig(min_rows=1000))
     with blocked(host) as release:
         calls = [
             Call(

@@ -87,88 +87,97 @@ def _compiled(dtype: torch.dtype) -> Callable[[Any, Any, Any], None]:
     """The kernel for weights of one dtype; the first call compiles it, in about two seconds."""
     import numba  # noqa: PLC0415 - optional, and slow to import
 
-    compile_ = numba.njit(nogil=True, fastmath=True, boundscheck=False, error_model="numpy")
-    widen = compile_(_widen_bfloat16 if dtype is torch.bfloat16 else _widen)
-    one, two = compile_(_one_row), compile_(_two_rows)
+    # Sums may be taken in any order, but infinities stay infinities: `fastmath` in full promises that there are none.
+    options = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
+    inlined = numba.njit(inline="always", **options)
+    widen = inlined(_widen_bfloat16 if dtype is torch.bfloat16 else _widen)
+    one, two = inlined(_one_row), inlined(_two_rows)
 
     def kernel(x_MI: Any, weight_OI: Any, y_MO: Any) -> None:
-        rows, inputs = x_MI.shape[0], weight_OI.shape[1]
+        rows, outputs, inputs = x_MI.shape[0], weight_OI.shape[0], weight_OI.shape[1]
         # Four arrays, not one of four rows: the compiler then sees that they do not overlap.
         b0, b1 = np.empty(_BLOCK, np.uint32), np.empty(_BLOCK, np.uint32)
         b2, b3 = np.empty(_BLOCK, np.uint32), np.empty(_BLOCK, np.uint32)
         w0, w1, w2, w3 = b0.view(np.float32), b1.view(np.float32), b2.view(np.float32), b3.view(np.float32)
+        last = np.zeros((4, _BLOCK), weight_OI.dtype)
         for row in range(rows):
-            for output in range(weight_OI.shape[0]):
+            for output in range(outputs):
                 y_MO[row, output] = 0
-        for output in range(0, weight_OI.shape[0], 4):
+        for o in range(0, outputs, 4):
             for start in range(0, inputs, _BLOCK):
-                end = min(start + _BLOCK, inputs)
-                widen(weight_OI[output, start:end], b0, w0)
-                widen(weight_OI[output + 1, start:end], b1, w1)
-                widen(weight_OI[output + 2, start:end], b2, w2)
-                widen(weight_OI[output + 3, start:end], b3, w3)
+                if start + _BLOCK <= inputs:
+                    g0, g1 = weight_OI[o, start:], weight_OI[o + 1, start:]
+                    g2, g3 = weight_OI[o + 2, start:], weight_OI[o + 3, start:]
+                else:
+                    last[:, : inputs - start] = weight_OI[o : o + 4, start:]
+                    g0, g1, g2, g3 = last[0], last[1], last[2], last[3]
+                widen(g0, g1, g2, g3, b0, b1, b2, b3)
                 for row in range(0, rows - 1, 2):
-                    two(x_MI[row, start:], x_MI[row + 1, start:], w0, w1, w2, w3, y_MO, row, output)
+                    x0, x1 = x_MI[row, start:], x_MI[row + 1, start:]
+                    s00, s01, s02, s03, s10, s11, s12, s13 = two(x0, x1, w0, w1, w2, w3)
+                    y_MO[row, o] += s00
+                    y_MO[row, o + 1] += s01
+                    y_MO[row, o + 2] += s02
+                    y_MO[row, o + 3] += s03
+                    y_MO[row + 1, o] += s10
+                    y_MO[row + 1, o + 1] += s11
+                    y_MO[row + 1, o + 2] += s12
+                    y_MO[row + 1, o + 3] += s13
                 if rows % 2:
-                    one(x_MI[rows - 1, start:], w0, w1, w2, w3, y_MO, rows - 1, output)
+                    s00, s01, s02, s03 = one(x_MI[rows - 1, start:], w0, w1, w2, w3)
+                    y_MO[rows - 1, o] += s00
+                    y_MO[rows - 1, o + 1] += s01
+                    y_MO[rows - 1, o + 2] += s02
+                    y_MO[rows - 1, o + 3] += s03
 
-    compiled: Callable[[Any, Any, Any], None] = compile_(kernel)
+    compiled: Callable[[Any, Any, Any], None] = numba.njit(**options)(kernel)
     return compiled
 
 
-def _widen(weight_I: Any, bits: Any, w: Any) -> None:
-    """A row of weights as float32, zeros behind it; `bits` and `w` are one memory."""
-    if len(weight_I) == _BLOCK:
-        for i in range(_BLOCK):
-            w[i] = weight_I[i]
-    else:
-        w[:] = 0
-        for i in range(len(weight_I)):
-            w[i] = weight_I[i]
+# The functions below become part of the kernel. Their loops have a constant length, so that the compiler leaves no
+# remainder to handle, and give values back rather than write them, so that sums stay in registers.
 
 
-def _widen_bfloat16(weight_I: Any, bits: Any, w: Any) -> None:
+def _widen(g0: Any, g1: Any, g2: Any, g3: Any, b0: Any, b1: Any, b2: Any, b3: Any) -> None:
+    """Four rows of weights as the bits of float32."""
+    w0, w1, w2, w3 = b0.view(np.float32), b1.view(np.float32), b2.view(np.float32), b3.view(np.float32)
+    for i in range(_BLOCK):
+        w0[i] = g0[i]
+        w1[i] = g1[i]
+        w2[i] = g2[i]
+        w3[i] = g3[i]
+
+
+def _widen_bfloat16(g0: Any, g1: Any, g2: Any, g3: Any, b0: Any, b1: Any, b2: Any, b3: Any) -> None:
     """As `_widen`: a bfloat16 is the upper half of a float32."""
-    if len(weight_I) == _BLOCK:
-        for i in range(_BLOCK):
-            bits[i] = np.uint32(weight_I[i]) << np.uint32(16)
-    else:
-        w[:] = 0
-        for i in range(len(weight_I)):
-            bits[i] = np.uint32(weight_I[i]) << np.uint32(16)
+    for i in range(_BLOCK):
+        b0[i] = np.uint32(g0[i]) << np.uint32(16)
+        b1[i] = np.uint32(g1[i]) << np.uint32(16)
+        b2[i] = np.uint32(g2[i]) << np.uint32(16)
+        b3[i] = np.uint32(g3[i]) << np.uint32(16)
 
 
-def _two_rows(x0: Any, x1: Any, w0: Any, w1: Any, w2: Any, w3: Any, y_MO: Any, row: int, output: int) -> None:
-    """Add a block's part to two rows of four outputs: eight sums that stay in registers."""
-    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0)
-    for i in range(_BLOCK):  # a constant, so that the compiler leaves no remainder to handle
-        a0 += w0[i] * x0[i]
-        b0 += w0[i] * x1[i]
-        a1 += w1[i] * x0[i]
-        b1 += w1[i] * x1[i]
-        a2 += w2[i] * x0[i]
-        b2 += w2[i] * x1[i]
-        a3 += w3[i] * x0[i]
-        b3 += w3[i] * x1[i]
-    y_MO[row, output] += a0
-    y_MO[row, output + 1] += a1
-    y_MO[row, output + 2] += a2
-    y_MO[row, output + 3] += a3
-    y_MO[row + 1, output] += b0
-    y_MO[row + 1, output + 1] += b1
-    y_MO[row + 1, output + 2] += b2
-    y_MO[row + 1, output + 3] += b3
+def _two_rows(x0: Any, x1: Any, w0: Any, w1: Any, w2: Any, w3: Any) -> Any:
+    """A block's part of four outputs of two rows."""
+    s00 = s01 = s02 = s03 = s10 = s11 = s12 = s13 = np.float32(0)
+    for i in range(_BLOCK):
+        s00 += w0[i] * x0[i]
+        s10 += w0[i] * x1[i]
+        s01 += w1[i] * x0[i]
+        s11 += w1[i] * x1[i]
+        s02 += w2[i] * x0[i]
+        s12 += w2[i] * x1[i]
+        s03 += w3[i] * x0[i]
+        s13 += w3[i] * x1[i]
+    return s00, s01, s02, s03, s10, s11, s12, s13
 
 
-def _one_row(x0: Any, w0: Any, w1: Any, w2: Any, w3: Any, y_MO: Any, row: int, output: int) -> None:
+def _one_row(x0: Any, w0: Any, w1: Any, w2: Any, w3: Any) -> Any:
     """As `_two_rows`, for the odd row at the end."""
-    a0 = a1 = a2 = a3 = np.float32(0)
-    for i in range(_BLOCK):  # a constant, so that the compiler leaves no remainder to handle
-        a0 += w0[i] * x0[i]
-        a1 += w1[i] * x0[i]
-        a2 += w2[i] * x0[i]
-        a3 += w3[i] * x0[i]
-    y_MO[row, output] += a0
-    y_MO[row, output + 1] += a1
-    y_MO[row, output + 2] += a2
-    y_MO[row, output + 3] += a3
+    s0 = s1 = s2 = s3 = np.float32(0)
+    for i in range(_BLOCK):
+        s0 += w0[i] * x0[i]
+        s1 += w1[i] * x0[i]
+        s2 += w2[i] * x0[i]
+        s3 += w3[i] * x0[i]
+    return s0, s1, s2, s3

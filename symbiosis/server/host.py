@@ -53,7 +53,7 @@ class Host:
         self._executor = Executor(executor, metrics=self.metrics).start()
         self.metrics.hosts(
             layers=len(base.manifest.layers),
-            weights_bytes=sum(weight.byte_count for weight in base.weights),
+            weights_bytes=lambda: sum(weight.byte_count for weight in base.weights),
             waiting_calls=lambda: self._executor.waiting_calls,
         )
         self._rows: Counter[str] = Counter()

@@ -27,8 +27,8 @@ OTHER: Final = "other"
 class Metrics:
     """Takes reports and keeps nothing: what a host has that is not watched."""
 
-    def hosts(self, *, layers: int, weights_bytes: int, waiting_calls: Callable[[], int]) -> None:
-        """What the host has. `waiting_calls` is asked whenever somebody reads the series."""
+    def hosts(self, *, layers: int, weights_bytes: Callable[[], int], waiting_calls: Callable[[], int]) -> None:
+        """What the host has; asked whenever somebody reads the series."""
 
     def call_answered(  # one call has many sides
         self,
@@ -95,10 +95,10 @@ class HostMetrics(Metrics):
             made_series = made[series.kind](series.name, series.help, series.labels, registry=self.registry, **buckets)
             self._series[series.name.removeprefix("symbiosis_")] = made_series
 
-    def hosts(self, *, layers: int, weights_bytes: int, waiting_calls: Callable[[], int]) -> None:
+    def hosts(self, *, layers: int, weights_bytes: Callable[[], int], waiting_calls: Callable[[], int]) -> None:
         """See `Metrics.hosts`."""
         self._last_layer = layers - 1
-        self._series["weights_bytes"].set(weights_bytes)
+        self._series["weights_bytes"].set_function(weights_bytes)
         self._series["waiting_calls"].set_function(waiting_calls)
 
     def call_answered(

@@ -200,6 +200,52 @@ replies = st.one_of(
 # --- round trips
 
 
+@settings(max_examples=200)
+@given(
+    number=counts,
+    layers=st.lists(st.integers(0, 2**32 - 1), max_size=MAX_GROUP_LAYERS).map(tuple),
+    direction=directions,
+    rows=st.integers(1, 300),
+    width=st.integers(1, 300),
+    dtype=dtypes,
+    segments=st.lists(st.builds(Segment, matrix=st.integers(0, 2**32 - 1), rows=counts), max_size=40).map(tuple),
+)
+@example(number=0, layers=(), direction=Direction.FORWARD, rows=1, width=1, dtype=torch.float32, segments=())
+@example(
+    number=2**64 - 1, layers=(0,) * 64, direction=Direction.BACKWARD, rows=1, width=1, dtype=torch.bfloat16, segments=()
+)
+def test_the_header_of_a_call_is_protobufs(
+    number: int,
+    layers: tuple[int, ...],
+    direction: Direction,
+    rows: int,
+    width: int,
+    dtype: torch.dtype,
+    segments: tuple[Segment, ...],
+) -> None:
+    call = Call(
+        number=number, layers=layers, direction=direction, rows=torch.zeros(rows, width, dtype=dtype), segments=segments
+    )
+    byte_count = rows * width * dtype.itemsize
+    wanted = pb.RequestHeader(
+        call=pb.Call(
+            number=number,
+            layers=layers,
+            direction=pb.Direction.Value(f"DIRECTION_{direction.name}"),
+            dtype=pb.Dtype.Value(f"DTYPE_{str(dtype).removeprefix('torch.').upper()}"),
+            rows=rows,
+            width=width,
+            byte_count=byte_count,
+            segment_matrices=[segment.matrix for segment in segments],
+            segment_rows=[segment.rows for segment in segments],
+        )
+    )
+    for _ in range(2):  # worked out, and remembered
+        encoded = encode_request(call)
+        assert encoded.header == wanted.SerializeToString()
+        assert len(encoded.payload) == byte_count
+
+
 @given(requests)
 def test_requests_arrive_as_they_left(message: Request) -> None:
     (arrived,) = feed_all(host_side(), list(encode_request(message).chunks()))

@@ -19,7 +19,8 @@ from oracles import LLAMA_TARGETS, RawStream, frozen_llama, sentences, with_lora
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from symbiosis.errors import ConfigurationError, MissingExtraError
+from symbiosis.clients.retry import RetryConfig
+from symbiosis.errors import ConfigurationError, MissingExtraError, OverloadedError
 from symbiosis.privacy.ledger import iterate
 from symbiosis.protocols.authority import Authority
 from symbiosis.protocols.identity_directory import load_credentials
@@ -32,6 +33,7 @@ from symbiosis.server.metrics import OTHER, HostMetrics, Metrics
 from symbiosis.server.metrics_endpoint import MetricsEndpoint, warn_if_open
 from symbiosis.server.metrics_series import SERIES, Kind
 from symbiosis.server.service import Service, ServiceConfig
+from symbiosis.server.shm_service import ShmConfig, ShmService
 
 DOCS = Path(__file__).parent.parent / "docs"
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -325,3 +327,26 @@ def test_without_the_library_a_host_works_and_metrics_say_what_is_missing(
         assert type(host.metrics) is Metrics
         host.handle("acme", call_of(torch.ones(2, 32)))
         host.open_session("acme").release()
+
+
+def test_refusals_through_shared_memory_are_counted_too(
+    model: PreTrainedModel, authority: Authority, enrol: Enrol, join: Join, tmp_path: Path
+) -> None:
+    metrics = HostMetrics()
+    limits = AdmissionConfig(max_tenant_bytes=1 << 20, max_tenant_sessions=1)
+    with (
+        Host(host_model(model, name="shared"), admission=limits, metrics=metrics) as host,
+        ShmService(
+            host, authority.issue_host(["127.0.0.1"]), ShmConfig(path=tmp_path / "own" / "socket"), metrics=metrics
+        ) as service,
+    ):
+        identity = enrol("acme")
+        base = join(service.address, identity, retry=RetryConfig(total_s=0.0))
+        with host.admit("acme", byte_count=1 << 20, rows=1), pytest.raises(OverloadedError):
+            base._session.multiply((4,), Direction.FORWARD, torch.ones(2, 32))
+        base._session.multiply((4,), Direction.FORWARD, torch.ones(2, 32))
+        with pytest.raises(OverloadedError, match="1 sessions open"):
+            join(service.address, identity)
+        labels = {"tenant": "acme", "code": "overloaded"}
+        assert metrics.registry.get_sample_value("symbiosis_refusals_total", labels) == 2
+        base.close()

@@ -1,4 +1,4 @@
-"""The host behind shared memory: who gets in, what a hostile neighbour on the machine can do, and what is left behind.
+"""The host behind shared memory: who gets in, and what a hostile neighbour on the machine can do.
 
 Everything runs over real sockets, real TLS and real memory; a hostile tenant is one who holds a certificate.
 """
@@ -8,9 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import gc
 import os
-import signal
 import socket
 import ssl
 import stat
@@ -23,14 +21,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import pytest
 import torch
-from conftest import Enrol, Join, OpenBase, ServeShm
+from conftest import Enrol, Join, ServeShm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from neighbours import ANSWER_S, WEIGHT, RawTenant, Scripted, empty, header_of, honest_call, quickly, wait_for, works
 from oracles import frozen_llama, relative_error
 from transformers import PreTrainedModel
 
@@ -41,31 +39,19 @@ from symbiosis.errors import (
     ConfigurationError,
     FrameError,
     HostUnavailableError,
-    IdentityError,
-    ProtocolError,
     SymbiosisError,
     UnsupportedError,
 )
 from symbiosis.protocols._generated import symbiosis_wire_pb2 as pb
 from symbiosis.protocols.authority import Authority
-from symbiosis.protocols.codec import (
-    Assembler,
-    Encoded,
-    Pending,
-    Reply,
-    Request,
-    encode_request,
-    reply_reader,
-    request_reader,
-)
+from symbiosis.protocols.codec import Reply, encode_request
 from symbiosis.protocols.identity import Credentials
 from symbiosis.protocols.identity_directory import create_request, load_credentials
 from symbiosis.protocols.limits import MAX_CHUNK_BYTES, MAX_GROUP_LAYERS, MAX_HEADER_BYTES, MAX_MESSAGE_BYTES
-from symbiosis.protocols.messages import Answer, Blob, BlobKind, Call, Direction, Fetch, Hello, Welcome
+from symbiosis.protocols.messages import Answer, Blob, BlobKind, Call, Direction, Fetch, Hello
 from symbiosis.protocols.shm import (
     HOST_NAME,
     RING,
-    SharedMemory,
     area_bytes,
     check_file,
     create_file,
@@ -76,15 +62,13 @@ from symbiosis.protocols.shm import (
 from symbiosis.protocols.shm_client import ShmTransport
 from symbiosis.protocols.shm_control import ControlChannel
 from symbiosis.protocols.status import Refusal
-from symbiosis.protocols.tls import tenant_context
 from symbiosis.server.base import host_model
 from symbiosis.server.host import Host
 from symbiosis.server.linear import multiply
 from symbiosis.server.shm_service import ShmConfig, ShmService
 
-WEIGHT = "model.layers.1.mlp.down_proj.weight"
-ANSWER_S = 10.0
-"""How long a refusal may take to reach the user."""
+Raw = Callable[..., RawTenant]
+Script = Callable[..., Scripted]
 
 
 @pytest.fixture(scope="module")
@@ -97,142 +81,6 @@ def service(serve_shm: ServeShm, model: PreTrainedModel) -> ShmService:
     return serve_shm(model)
 
 
-@pytest.fixture(scope="module")
-def foreign() -> Authority:
-    return Authority.create(common_name="somebody else")
-
-
-def works(base: Base, model: PreTrainedModel, *, rows: int = 5) -> bool:
-    """Whether a session multiplies, and rightly."""
-    weight = model.get_parameter(WEIGHT)
-    sent = torch.randn(rows, weight.shape[1])
-    answer = base._session.multiply((base.manifest.position(WEIGHT),), Direction.FORWARD, sent)
-    return relative_error(answer, sent.double() @ weight.T.double()) < 1e-5
-
-
-@contextmanager
-def quickly() -> Iterator[None]:
-    started_s = time.monotonic()
-    yield
-    assert time.monotonic() - started_s < ANSWER_S
-
-
-def empty(service: ShmService) -> bool:
-    """Whether every session ends soon; waits for it."""
-    with service._changed:
-        return service._changed.wait_for(lambda: not service._channels, ANSWER_S)
-
-
-def mapped() -> int:
-    """Mappings of shared memory in this process, both sides'."""
-    return Path("/proc/self/maps").read_text(encoding="ascii").count("memfd:symbiosis")
-
-
-class RawTenant:
-    """A tenant with a certificate who obeys nothing.
-
-    Args:
-        address: `shm:/path`.
-        credentials: whom to be.
-    """
-
-    def __init__(self, address: str, credentials: Credentials) -> None:
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.connect(str(socket_path(address)))
-        self.channel = ControlChannel(connection, tenant_context(credentials), server_name=HOST_NAME)
-        self.channel.set_deadline(ANSWER_S)
-        self.channel.shake_hands()
-        self._read = reply_reader(max_payload_bytes=lambda: 1 << 26)
-        self._assembler: Assembler[Reply] = Assembler(self._read)
-        self.descriptors: list[int] = []
-
-    def greet(self) -> Self:
-        """Say hello, and take what comes with the welcome."""
-        welcome = self.ask(Hello(protocol=1, release="raw", session=bytes(16)))
-        assert isinstance(welcome, Welcome)
-        self.descriptors = self.channel.take_descriptors()
-        self.file, self.host_bell, self.own_bell = self.descriptors
-        self.memory = SharedMemory(self.file, payload_bytes=welcome.max_message_bytes)
-        return self
-
-    def ask(self, message: Request) -> Reply | None:
-        """Send a message over the control channel; `None` when the host hung up."""
-        self.channel.send(encode_request(message))
-        return self.hear()
-
-    def hear(self) -> Reply | None:
-        """The next reply on the control channel."""
-        try:
-            while True:
-                reply = self._assembler.feed(self.channel.receive_chunk())
-                if reply is not None:
-                    return reply
-        except ConnectionError:
-            return None
-
-    def send_bytes(self, data: bytes) -> None:
-        """Send any bytes within TLS."""
-        self.channel._tls.write(data)
-        self.channel._flush()
-
-    def ring(self, bell: bytes = RING) -> None:
-        """Ring the host's bell."""
-        os.write(self.host_bell, bell)
-
-    def answer(self) -> Reply | None:
-        """The next reply in the memory; `None` when the host hung up."""
-        if not wait_for(self.own_bell) or not os.read(self.own_bell, 1):
-            return None
-        header = self.memory.replies.take()
-        assert header is not None
-        pending: Pending[Reply] = self._read(header)
-        return pending.finish(bytearray(self.memory.replies.payload(pending.byte_count)))
-
-    def call(self, header: bytes, payload: bytes = b"") -> Reply | None:
-        """Put bytes into the memory, ring, and take the reply."""
-        self.memory.requests.put(header, payload)
-        self.ring()
-        return self.answer()
-
-    def honest(self, number: int = 8) -> bool:
-        """Whether an honest call is answered."""
-        encoded = encode_request(honest_call(number))
-        return isinstance(self.call(encoded.header, bytes(encoded.payload)), Answer)
-
-    def hung_up(self) -> bool:
-        """Whether the host ended the session; waits for it."""
-        return self.hear() is None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
-        self.channel.close()
-        for descriptor in self.descriptors:
-            os.close(descriptor)
-
-
-def wait_for(descriptor: int) -> bool:
-    """Wait until a descriptor can be read, or its other end is closed."""
-    import select  # noqa: PLC0415 - one use
-
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
-    return bool(poll.poll(ANSWER_S * 1000))
-
-
-def honest_call(number: int = 7, *, rows: torch.Tensor | None = None) -> Call:
-    rows = torch.ones(2, 48) if rows is None else rows
-    return Call(number=number, layers=(13,), direction=Direction.FORWARD, rows=rows)
-
-
-def header_of(rows: int = 2, width: int = 48, **changes: Any) -> bytes:
-    """A call's header by hand; layer 13 is `WEIGHT`."""
-    fields = {"number": 7, "layers": [13], "direction": 1, "dtype": 1, "rows": rows, "width": width}
-    count = changes.pop("byte_count", rows * width * 4)
-    return pb.RequestHeader(call=pb.Call(**(fields | {"byte_count": count} | changes))).SerializeToString()
-
-
 @pytest.fixture
 def raw() -> Iterator[Callable[..., RawTenant]]:
     """A raw tenant, gone after the test."""
@@ -240,7 +88,16 @@ def raw() -> Iterator[Callable[..., RawTenant]]:
         yield lambda address, identity: stack.enter_context(RawTenant(address, load_credentials(identity)))
 
 
-Raw = Callable[..., RawTenant]
+@pytest.fixture
+def scripted(model: PreTrainedModel) -> Iterator[Script]:
+    """A scripted host, whose held calls are dropped after the test."""
+    with Host(host_model(model, name="scripted")) as host:
+        yield lambda **script: Scripted(host, **script)
+
+
+@pytest.fixture(scope="module")
+def foreign() -> Authority:
+    return Authority.create(common_name="somebody else")
 
 
 # --- certificates
@@ -652,64 +509,8 @@ def test_half_a_message_blocks_nobody(
     assert works(join(service.address, enrol("acme")), model)
 
 
-class Scripted:
-    """A host that lets a test step in.
-
-    Args:
-        host: who answers honestly.
-        on_call: what happens to a call first, on the thread that brings it.
-        on_fetch: what becomes of a fetched blob.
-    """
-
-    def __init__(
-        self,
-        host: Host,
-        *,
-        on_call: Callable[[str, Call], None] = lambda _, __: None,
-        on_fetch: Callable[[Blob], Blob] = lambda blob: blob,
-    ) -> None:
-        self._host = host
-        self._on_call = on_call
-        self._on_fetch = on_fetch
-        self.held: list[Callable[[], None]] = []
-        """Calls of the tenant `held`, which are passed on when a test says so."""
-
-    def handle(self, tenant: str, request: Request) -> Reply:
-        reply = self._host.handle(tenant, request)
-        return self._on_fetch(reply) if isinstance(reply, Blob) else reply
-
-    def submit(
-        self,
-        tenant: str,
-        call: Call,
-        done: Callable[[Answer | Refusal], None],
-        *,
-        out: torch.Tensor | None = None,
-    ) -> None:
-        self._on_call(tenant, call)
-        if tenant == "held":
-            self.held.append(lambda: self._host.submit(tenant, call, done, out=out))
-            arrived.set()
-        else:
-            self._host.submit(tenant, call, done, out=out)
-
-    def expected_width(self, layers: tuple[int, ...], direction: Direction) -> int:
-        return self._host.expected_width(layers, direction)
-
-
-arrived = threading.Event()
-
-
-@pytest.fixture
-def scripted(model: PreTrainedModel) -> Iterator[Callable[..., Scripted]]:
-    """A scripted host, whose held calls are dropped after the test."""
-    arrived.clear()
-    with Host(host_model(model, name="scripted")) as host:
-        yield lambda **script: Scripted(host, **script)
-
-
 def test_a_tenant_who_does_not_read_what_it_fetches(
-    scripted: Callable[..., Scripted],
+    scripted: Script,
     serve_shm: ServeShm,
     enrol: Enrol,
     join: Join,
@@ -803,7 +604,7 @@ def test_garbage_in_the_memory(
 
 
 def test_numbers_are_read_once(
-    scripted: Callable[..., Scripted], serve_shm: ServeShm, enrol: Enrol, raw: Raw, model: PreTrainedModel
+    scripted: Script, serve_shm: ServeShm, enrol: Enrol, raw: Raw, model: PreTrainedModel
 ) -> None:
     def rewrite(_: str, __: Call) -> None:
         # The host has read the header and is about to compute: every byte of it becomes another.
@@ -820,7 +621,7 @@ def test_numbers_are_read_once(
 
 
 def test_rows_that_change_after_they_were_checked(
-    scripted: Callable[..., Scripted], serve_shm: ServeShm, enrol: Enrol, join: Join, raw: Raw, model: PreTrainedModel
+    scripted: Script, serve_shm: ServeShm, enrol: Enrol, join: Join, raw: Raw, model: PreTrainedModel
 ) -> None:
     host = scripted()
     service = serve_shm(host)
@@ -828,7 +629,7 @@ def test_rows_that_change_after_they_were_checked(
     encoded = encode_request(honest_call())
     tenant.memory.requests.put(encoded.header, encoded.payload)
     tenant.ring()
-    assert arrived.wait(ANSWER_S)
+    assert host.arrived.wait(ANSWER_S)
     tenant.memory.requests.rows(torch.float32, (2, 48)).fill_(torch.nan)
     host.held.pop()()
     reply = tenant.answer()
@@ -888,7 +689,7 @@ def test_bells_that_ring_for_nothing(
 
 
 def test_a_second_request_before_the_answer(
-    scripted: Callable[..., Scripted], serve_shm: ServeShm, enrol: Enrol, join: Join, raw: Raw, model: PreTrainedModel
+    scripted: Script, serve_shm: ServeShm, enrol: Enrol, join: Join, raw: Raw, model: PreTrainedModel
 ) -> None:
     host = scripted()
     service = serve_shm(host)
@@ -897,7 +698,7 @@ def test_a_second_request_before_the_answer(
     for _ in range(2):
         tenant.memory.requests.put(encoded.header, encoded.payload)
         tenant.ring()
-        assert arrived.wait(ANSWER_S)
+        assert host.arrived.wait(ANSWER_S)
     assert tenant.hung_up()
     assert len(host.held) == 1
     host.held.pop()()  # the answer that nobody waits for harms nobody
@@ -921,281 +722,3 @@ def test_a_bell_that_is_stuffed_from_outside(
     with quickly():
         assert works(join(service.address, enrol("acme")), model)
     os.close(stuffed)
-
-
-# --- sides that die
-
-TENANT = """
-import sys, torch
-from symbiosis.protocols.codec import encode_request
-from symbiosis.protocols.identity_directory import load_credentials
-from symbiosis.protocols.messages import Call, Direction, Hello
-from symbiosis.protocols.shm_client import ShmTransport
-
-transport = ShmTransport(sys.argv[1], load_credentials(sys.argv[2]))
-call = Call(number=1, layers=(13,), direction=Direction.FORWARD, rows=torch.ones(2, 48))
-for message in (Hello(protocol=1, release="test", session=bytes(16)), call):
-    transport.exchange(message, encode_request(message), max_reply_bytes=1 << 20)
-print("open", flush=True)
-sys.stdin.read()
-"""
-
-HOST = """
-import sys
-from pathlib import Path
-from oracles import frozen_llama
-from symbiosis.protocols.authority import Authority
-from symbiosis.server.base import host_model
-from symbiosis.server.host import Host
-from symbiosis.server.shm_service import ShmConfig, ShmService
-
-class Slow(Host):
-    def submit(self, tenant, call, done, *, out=None):
-        if call.rows.shape[0] == 5:
-            print("called", flush=True)  # and never an answer
-        else:
-            super().submit(tenant, call, done, out=out)
-
-with Slow(host_model(frozen_llama(), name="slow")) as host:
-    credentials = Authority.load(Path(sys.argv[1])).issue_host(["127.0.0.1"])
-    with ShmService(host, credentials, ShmConfig(path=sys.argv[2])) as service:
-        print(service.address, flush=True)
-        sys.stdin.read()
-"""
-
-
-@contextmanager
-def process(source: str, *arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
-    """A Python process of its own, killed at the end if it still runs."""
-    started = subprocess.Popen(
-        [sys.executable, "-c", source, *map(str, arguments)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [*sys.path, os.environ.get("PYTHONPATH")]))},
-    )
-    try:
-        yield started
-    finally:
-        started.kill()
-        started.communicate()
-
-
-def test_a_tenant_that_is_killed(serve_shm: ServeShm, enrol: Enrol, join: Join, model: PreTrainedModel) -> None:
-    service = serve_shm(model, max_sessions=1)
-    gc.collect()
-    before = mapped()
-    with process(TENANT, service.address, enrol("acme")) as tenant:
-        assert tenant.stdout is not None
-        assert tenant.stdout.readline() == "open\n"
-        assert mapped() == before + 1
-        tenant.send_signal(signal.SIGKILL)
-        assert empty(service)
-        assert mapped() == before
-    assert works(join(service.address, enrol("globex")), model)
-
-
-def test_a_host_that_is_killed_in_the_middle_of_a_call(
-    enrol: Enrol, join: Join, authority: Authority, model: PreTrainedModel, tmp_path: Path
-) -> None:
-    authority.save(tmp_path / "authority")
-    with process(HOST, tmp_path / "authority", tmp_path / "own" / "host") as host:
-        assert host.stdout is not None
-        base = join(host.stdout.readline().strip(), enrol("acme"))
-        caught: list[BaseException] = []
-
-        def work() -> None:
-            try:
-                works(base, model)
-            except SymbiosisError as error:
-                caught.append(error)
-
-        waiting = threading.Thread(target=work)
-        waiting.start()
-        assert host.stdout.readline() == "called\n"
-        started_s = time.monotonic()
-        host.kill()
-        waiting.join(ANSWER_S)
-        assert time.monotonic() - started_s < 2  # not the reply timeout of two minutes
-        assert isinstance(caught[0], HostUnavailableError)
-        assert "did not answer" in caught[0].message
-        with pytest.raises(HostUnavailableError, match="closed"):
-            works(base, model)
-
-
-def test_a_host_that_is_killed_between_calls(
-    enrol: Enrol, join: Join, authority: Authority, model: PreTrainedModel, tmp_path: Path
-) -> None:
-    authority.save(tmp_path / "authority")
-    with process(HOST, tmp_path / "authority", tmp_path / "own" / "host") as host:
-        assert host.stdout is not None
-        base = join(host.stdout.readline().strip(), enrol("acme"))
-        assert works(base, model, rows=4)
-        host.kill()
-        host.wait()
-        with quickly(), pytest.raises(HostUnavailableError, match="did not answer"):
-            works(base, model)
-
-
-def test_a_host_that_closes(service: ShmService, enrol: Enrol, join: Join, model: PreTrainedModel) -> None:
-    base = join(service.address, enrol("acme"))
-    assert works(base, model)
-    service.close(grace_s=0.0)
-    service.close()
-    service.wait()
-    with quickly(), pytest.raises(HostUnavailableError, match="did not answer"):
-        works(base, model)
-    with quickly(), pytest.raises(HostUnavailableError, match="closed"):
-        works(base, model)
-
-
-def test_a_host_that_does_not_answer_in_time(
-    scripted: Callable[..., Scripted], serve_shm: ServeShm, enrol: Enrol, join: Join, model: PreTrainedModel
-) -> None:
-    host = scripted()
-    service = serve_shm(host)
-    base = join(service.address, enrol("held"), reply_timeout_s=0.5)
-    started_s = time.monotonic()
-    with pytest.raises(HostUnavailableError, match=r"did not answer within 0\.5 s"):
-        works(base, model)
-    assert 0.5 <= time.monotonic() - started_s < 5
-    with pytest.raises(HostUnavailableError, match="closed"):
-        works(base, model)
-
-
-def test_a_session_closed_while_it_waits(
-    scripted: Callable[..., Scripted], serve_shm: ServeShm, enrol: Enrol, join: Join, model: PreTrainedModel
-) -> None:
-    service = serve_shm(scripted())
-    base = join(service.address, enrol("held"))
-    caught: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            works(base, model)
-        except SymbiosisError as error:
-            caught.append(error)
-
-    waiting = threading.Thread(target=work)
-    waiting.start()
-    assert arrived.wait(ANSWER_S)
-    base._session._transport.close()
-    waiting.join(ANSWER_S)
-    assert isinstance(caught[0], HostUnavailableError)
-
-
-def test_memory_stays_while_a_call_in_it_is_computed(
-    scripted: Callable[..., Scripted], serve_shm: ServeShm, enrol: Enrol, raw: Raw
-) -> None:
-    host = scripted()
-    service = serve_shm(host)
-    gc.collect()
-    before = mapped()
-    with RawTenant(service.address, load_credentials(enrol("held"))) as tenant:
-        tenant.greet()
-        encoded = encode_request(honest_call())
-        tenant.memory.requests.put(encoded.header, encoded.payload)
-        tenant.ring()
-        assert arrived.wait(ANSWER_S)
-        del tenant.memory
-    assert empty(service)
-    assert mapped() == before + 1  # the rows are still to be multiplied
-    host.held.pop()()
-    host._host.close()  # answers what is queued, then stops
-    assert mapped() == before
-
-
-# --- what is left behind
-
-
-def test_sessions_leave_nothing_behind(serve_shm: ServeShm, enrol: Enrol, model: PreTrainedModel) -> None:
-    service, credentials = serve_shm(model), load_credentials(enrol("acme"))
-
-    def visit() -> None:
-        transport = ShmTransport(service.address, credentials)
-        for message in (Hello(protocol=1, release="test", session=bytes(16)), honest_call()):
-            transport.exchange(message, encode_request(message), max_reply_bytes=1 << 20)
-        transport.close()
-
-    visit()
-    assert empty(service)
-    gc.collect()  # what earlier tests left in cycles
-    descriptors, threads, mappings = len(os.listdir("/proc/self/fd")), threading.active_count(), mapped()
-    for _ in range(50):
-        visit()
-    # One that fails leaves no more.
-    broken = ShmTransport(service.address, credentials)
-    with pytest.raises(ProtocolError):
-        broken.exchange(honest_call(), encode_request(honest_call()), max_reply_bytes=1)
-    with pytest.raises(HostUnavailableError, match="closed"):
-        broken.exchange(honest_call(), encode_request(honest_call()), max_reply_bytes=1)
-    assert empty(service)
-    assert len(os.listdir("/proc/self/fd")) == descriptors
-    assert mapped() == mappings
-    assert threading.active_count() <= threads
-
-
-def test_a_service_leaves_nothing_behind(model: PreTrainedModel, authority: Authority, tmp_path: Path) -> None:
-    with Host(host_model(model, name="left")) as host:
-        credentials = authority.issue_host()
-        descriptors, threads = len(os.listdir("/proc/self/fd")), set(threading.enumerate())
-        for _ in range(3):
-            with ShmService(host, credentials, ShmConfig(path=tmp_path / "own" / "host")) as service:
-                assert socket_path(service.address).is_socket()
-        assert len(os.listdir("/proc/self/fd")) == descriptors
-        assert set(threading.enumerate()) == threads
-        with pytest.raises(ConfigurationError):
-            ShmService(host, credentials, ShmConfig(path=tmp_path / "own" / "no" / "where" / "host"))
-        assert len(os.listdir("/proc/self/fd")) == descriptors
-
-
-def test_another_process_may_connect_to_a_local_base(open_base: OpenBase, join: Join, model: PreTrainedModel) -> None:
-    base = open_base(model, transport="shm")
-    assert base.address.startswith("shm:/")
-    second = join(base.address, base.identity)
-    assert works(second, model)
-    assert second.tenant == base.tenant
-    with pytest.raises(IdentityError):
-        connect(base.address, identity=Path("/nowhere"))
-
-
-# --- the areas themselves
-
-
-@given(header=st.binary(min_size=1, max_size=200), payload=st.binary(max_size=500))
-def test_what_is_put_is_taken_once(header: bytes, payload: bytes) -> None:
-    descriptor = create_file(payload_bytes=500)
-    here, there = (SharedMemory(descriptor, payload_bytes=500) for _ in range(2))
-    os.close(descriptor)
-    assert there.requests.take() is None
-    here.requests.put(header, payload)
-    here.replies.put(b"other", b"way")
-    assert there.requests.take() == header
-    assert bytes(there.requests.payload(len(payload))) == payload
-    assert there.requests.take() is None
-    assert there.replies.take() == b"other"
-
-
-def test_what_does_not_fit_is_not_put() -> None:
-    descriptor = create_file(payload_bytes=4096)
-    area = SharedMemory(descriptor, payload_bytes=4096).requests
-    os.close(descriptor)
-    for header, payload in ((b"", b""), (bytes(MAX_HEADER_BYTES + 1), b""), (b"x", bytes(4097))):
-        with pytest.raises(FrameError):
-            area.put(header, payload)
-    assert area.take() is None
-    with pytest.raises(FrameError):
-        area.rows(torch.float64, (513, 1))
-    assert area.rows(torch.float64, (512, 1)).shape == (512, 1)
-    for rows in range(1, 200):
-        assert area.rows(torch.float32, (rows, 1)) is area.rows(torch.float32, (rows, 1))
-
-
-def test_codecs_default_reads_in_place() -> None:
-    encoded: Encoded = encode_request(honest_call(rows=torch.ones(2, 48)))
-    read = request_reader(expected_width=lambda _, __: 48, max_message_bytes=1 << 20)
-    data = bytearray(encoded.payload)
-    call = read(encoded.header).finish(memoryview(data))
-    assert isinstance(call, Call)
-    data[:4] = torch.tensor([2.0]).numpy().tobytes()
-    assert call.rows[0, 0] == 2

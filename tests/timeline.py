@@ -86,7 +86,7 @@ class Timeline:
         self._pace = Pace()
         self._waiting: list[Job] = []
         self._idle = self.workers
-        self._bulk_running = 0
+        self._bulk_running = self._turns = 0
         self._bulk_ended_s = float("-inf")
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
@@ -157,7 +157,7 @@ class Timeline:
             expected=self._expected(),
             macs_per_s=self.rate.macs_per_s,
             bulk_ended_s=float("inf") if self._bulk_running else self._bulk_ended_s,
-            gather=self.gather and len(self.batches) % 3 != 0,
+            gather=self.gather and self._turns % 3 != 0,
             now_s=self.now_s,
             config=self.config,
         )
@@ -191,6 +191,7 @@ class Timeline:
         self._idle -= 1
         rows, macs_per_row = sum(rows for _, rows in takes), takes[0][0].ask.macs_per_row
         took_s = BATCH_S + max(rows, self.config.floor_rows) * macs_per_row / MACS_PER_S
+        self._turns += not decision.overtook
         self._bulk_running += decision.bulk
         number = len(self.batches)
         self.batches.append(

@@ -465,6 +465,8 @@ def _read_call(
 
 
 def _read_segments(call: pb.Call) -> tuple[Segment, ...]:
+    if not call.segment_rows and not call.segment_matrices:
+        return ()
     if len(call.segment_matrices) != len(call.segment_rows) or len(call.segment_rows) > MAX_SEGMENTS:
         raise FrameError(f"a call has {len(call.segment_rows)} segments of {len(call.segment_matrices)} matrices")
     pairs = zip(call.segment_matrices, call.segment_rows, strict=True)

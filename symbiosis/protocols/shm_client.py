@@ -12,11 +12,10 @@ import select
 import socket
 import ssl
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 from symbiosis.errors import FrameError, HostUnavailableError, IdentityError, ProtocolError, SymbiosisError
-from symbiosis.protocols.codec import Assembler, Encoded, Reply, Request, message_bytes, reply_reader
+from symbiosis.protocols.codec import Assembler, Encoded, Reply, Request, reply_reader
 from symbiosis.protocols.diagnose import refused_handshake
 from symbiosis.protocols.identity import Credentials
 from symbiosis.protocols.messages import Call, Welcome
@@ -31,6 +30,7 @@ from symbiosis.protocols.shm import (
     socket_path,
 )
 from symbiosis.protocols.shm_control import ControlChannel
+from symbiosis.protocols.shm_headers import ReplyReader
 from symbiosis.protocols.status import Refusal, error_of
 from symbiosis.protocols.tls import tenant_context
 
@@ -126,11 +126,7 @@ class ShmTransport:
             self.received_bytes += len(chunk)
             reply = self._assembler.feed(chunk)
         if isinstance(reply, Welcome) and self._line is None:
-            self._line = _Line(
-                self._channel,
-                payload_bytes=reply.max_message_bytes,
-                max_reply_bytes=lambda: self._max_reply_bytes,
-            )
+            self._line = _Line(self._channel, payload_bytes=reply.max_message_bytes)
         return reply
 
     def _call(self, encoded: Encoded) -> Reply:
@@ -145,9 +141,9 @@ class ShmTransport:
         header = line.memory.replies.take()
         if header is None:
             raise FrameError("the host rang without a reply", "Connect again")
-        pending = line.read_reply(header)
-        self.received_bytes += message_bytes(len(header), pending.byte_count)
-        return pending.finish(line.memory.replies.payload(pending.byte_count))
+        reply, counted = line.replies.read(header, max_payload_bytes=self._max_reply_bytes)
+        self.received_bytes += counted
+        return reply
 
     def _explain(self, error: OSError | SymbiosisError) -> SymbiosisError:
         """The typed error for what went wrong."""
@@ -172,13 +168,12 @@ class _Line:
     Args:
         channel: over which the descriptors came, with the welcome.
         payload_bytes: the longest payload, as the host's welcome says.
-        max_reply_bytes: the longest payload that can answer the outstanding request.
 
     Raises:
         FrameError: what came is not what a session has.
     """
 
-    def __init__(self, channel: ControlChannel, *, payload_bytes: int, max_reply_bytes: Callable[[], int]) -> None:
+    def __init__(self, channel: ControlChannel, *, payload_bytes: int) -> None:
         descriptors = channel.take_descriptors()
         try:
             if len(descriptors) != 3:
@@ -191,11 +186,7 @@ class _Line:
             raise
         os.close(descriptors[0])
         self._host_bell, self._own_bell = descriptors[1:]
-        replies = self.memory.replies
-        # The one copy: the next answer is written to the same place, and a tenant may keep this one for long.
-        self.read_reply = reply_reader(
-            max_payload_bytes=max_reply_bytes, rows_of=lambda _, dtype, shape: replies.rows(dtype, shape).clone()
-        )
+        self.replies = ReplyReader(self.memory.replies)
         self._poll = select.poll()
         self._poll.register(self._own_bell, select.POLLIN)
         self._poll.register(channel.fileno(), select.POLLIN)

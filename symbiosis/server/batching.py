@@ -11,8 +11,8 @@ together. Four rules see to that, numbered where they are enforced:
    those who ask for the same now or soon. So a group passes through the model faster than who is alone, meets
    everyone who takes the same way, and grows;
 3. the head takes along every waiting call of its key, least served first, as far as the batch's budget of time goes;
-   a long call gives as many rows as fit and keeps its place; with an interactive call at its head the budget is
-   `interactive_batch_s`, and interactive mates come first;
+   a long call gives as many rows as fit and keeps its place; an interactive head takes along interactive calls only,
+   and its batch's budget is `interactive_batch_s`;
 4. a batch that is not full may be held for tenants that are expected to ask for the same, or to make up a larger group
    elsewhere, within the time that computing it takes; what comes next by rule 2 is begun meanwhile.
 
@@ -137,6 +137,8 @@ class Decision:
     """Empty if nothing is to be done yet."""
     bulk: bool = False
     """Whether the call at the batch's head is bulk."""
+    overtook: bool = False
+    """Whether something that goes before it is held meanwhile, whose turn is still to come."""
     again_s: float | None = None
     """When to decide again at the latest; `None` without a batch means: when something arrives."""
 
@@ -183,7 +185,7 @@ def decide(
         if bulk:
             until_s = max(until_s, min(turn_s, quiet_s))
         if until_s <= now_s:
-            return Decision(batch=batch, bulk=bulk)
+            return Decision(batch=batch, bulk=bulk, overtook=bool(held))
         held[call.key] = until_s
         if not bulk:
             quiet_s = max(quiet_s, until_s)
@@ -261,12 +263,16 @@ def _batch(
     budget_s = config.interactive_batch_s if hurried else config.max_batch_s
     room = min(config.max_rows, max(config.min_rows, int(budget_s * macs_per_s / max(1, first.macs_per_row))))
 
-    def rank(position: int) -> tuple[bool, float, float]:
-        call = waiting[position]
-        later = hurried and not is_interactive(call.total_rows, config)
-        return later, served.get(call.tenant, 0.0), call.arrived_s
+    def rank(position: int) -> tuple[float, float]:
+        return served.get(waiting[position].tenant, 0.0), waiting[position].arrived_s
 
-    mates = [position for position in near if position != leader and waiting[position].key == first.key]
+    mates = [
+        position
+        for position in near
+        if position != leader
+        and waiting[position].key == first.key
+        and (not hurried or is_interactive(waiting[position].total_rows, config))
+    ]
     takes = []
     for position in (leader, *sorted(mates, key=rank)):
         rows = min(waiting[position].rows, room)
@@ -293,10 +299,13 @@ def _hold_until(
     rows = max(sum(take.rows for take in batch), config.floor_rows)
     hold_s = min(config.max_hold_s, config.hold_share * rows * leader.macs_per_row / macs_per_s)
     limit_s = min(call.arrived_s for call in calls) + hold_s
+    interactive = is_interactive(leader.total_rows, config)
     coming = [
         min(entry.at_s, limit_s)
         for entry in expected
-        if entry.key == leader.key and entry.since_s + entry.usual_s <= limit_s
+        if entry.key == leader.key
+        and entry.since_s + entry.usual_s <= limit_s
+        and (entry.interactive or not interactive)  # the others could not come along
     ]
     # Where everybody is busy, calls have waited for longer than that when their turn comes. The largest group is
     # waited for all the same, once for each time that one of it computes for itself.
@@ -306,7 +315,7 @@ def _hold_until(
         for entry in expected
         if entry.usual_s <= hold_s
         and entry.key.dtype == leader.key.dtype
-        and entry.interactive is is_interactive(leader.total_rows, config)
+        and entry.interactive is interactive
         and groups.get(entry.key, (-1, 0.0)) >= here
     ]
     return max(coming, default=float("-inf"))

@@ -28,9 +28,13 @@ class Bells:
         self._thread.start()
 
     def add(self, descriptor: int, callback: Callable[[], None]) -> None:
-        """Wait for this descriptor, too. From any thread."""
-        self._callbacks[descriptor] = callback
+        """Wait for this descriptor, too. From any thread.
+
+        Raises:
+            OSError: the system can wait for no more.
+        """
         self._epoll.register(descriptor, select.EPOLLIN)
+        self._callbacks[descriptor] = callback  # nobody rings before the session is told that it may
 
     def remove(self, descriptor: int) -> None:
         """Wait for it no longer; before it is closed. From any thread."""

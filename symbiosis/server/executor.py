@@ -33,7 +33,7 @@ Answered = Callable[["torch.Tensor | Exception"], None]
 """Told the answer, or why there is none; called once, by a worker."""
 
 _GATHERING = 3
-"""One batch in so many goes to who was served least, the others to the largest group (batching, rule 2)."""
+"""One turn in so many is that of who was served least, the others are the largest group's (batching, rule 2)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,7 +139,7 @@ class Executor:
         self._rate = Rate(floor_rows=self._config.batching.floor_rows)
         self._wake = threading.Condition()
         self._closed = False
-        self._begun = 0
+        self._turns = 0
         self._bulk_running = 0
         self._bulk_ended_s = float("-inf")
         self._workers: list[threading.Thread] = []
@@ -272,7 +272,7 @@ class Executor:
             now_s=now_s,
             config=self._config.batching,
             bulk_ended_s=float("inf") if self._bulk_running else self._bulk_ended_s,
-            gather=self._begun % _GATHERING != 0,
+            gather=self._turns % _GATHERING != 0,
         )
 
     def _begin(self, decision: Decision) -> _Batch:
@@ -285,7 +285,7 @@ class Executor:
         for job in [part.job for part in parts if part.job.taken == part.job.rows.shape[0]]:
             self._service.leave(job.tenant)
         self._waiting = [job for job in self._waiting if job.taken < job.rows.shape[0]]
-        self._begun += 1
+        self._turns += not decision.overtook
         self._bulk_running += decision.bulk
         if self._waiting:
             self._wake.notify()  # another worker may find a batch, too

@@ -63,7 +63,10 @@ class Pace:
             del self._last[tenant]
         found = []
         for tenant, last in self._last.items():
-            guess = self._thinking.get((last.key, last.interactive))
+            # Nobody took this step in this kind yet: those of the other kind mostly go the same way.
+            guess = self._thinking.get((last.key, last.interactive)) or self._thinking.get(
+                (last.key, not last.interactive)
+            )
             if guess is None:
                 continue
             at_s = last.answered_s + _MARGIN * guess[1]

@@ -25,6 +25,7 @@ import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 
@@ -99,6 +100,8 @@ class ShmService:
         require_shared_memory()
         self._metrics = metrics or Metrics()
         self._handler = handler
+        # A tenant asks for the same few groups again and again, and what a base holds does not change.
+        self._expected_width = lru_cache(maxsize=256)(handler.expected_width)
         self._config = config
         self._context = host_context(credentials)
         self._path = Path(config.path)
@@ -163,28 +166,26 @@ class ShmService:
                     _log.warning("a connection could not be taken: %s", error.strerror)
                     self._changed.wait(1.0)  # descriptors are short; one that ends gives some back
                 continue
-            self._receive(connection)
+            try:
+                self._receive(connection)
+            except Exception:  # the system has no thread left, say
+                _log.exception("a connection could not be served")
+                connection.close()
+                self._handshakes.release()
 
     def _receive(self, connection: socket.socket) -> None:
-        """Meet a connection on a thread of its own."""
+        """Meet a connection on a thread of its own, which gives the handshake's place back."""
         user = peer_user(connection)
         if not is_trusted_user(user, own=os.geteuid()):
-            _log.warning("user %d was not let in", user)
+            _log.warning("user %d was not let in", user)  # rule 7
             connection.close()
             self._handshakes.release()
             return
         channel = ControlChannel(connection, self._context, server_name=None)
         thread = threading.Thread(target=self._meet, args=(channel,), name="symbiosis-shm-session", daemon=True)
         with self._changed:
-            self._channels[channel] = thread
-        try:
             thread.start()
-        except RuntimeError:  # the system has no thread left
-            _log.exception("a connection could not be served")
-            channel.close()
-            with self._changed:
-                del self._channels[channel]
-            self._handshakes.release()
+            self._channels[channel] = thread
 
     def _meet(self, channel: ControlChannel) -> None:
         try:
@@ -230,6 +231,7 @@ class ShmService:
                     channel,
                     peer,
                     self._handler,
+                    expected_width=self._expected_width,
                     bells=self._bells,
                     workers=self._workers,
                     payload_bytes=self._config.max_message_bytes,

@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import NoReturn
@@ -18,10 +19,11 @@ from typing import NoReturn
 import torch
 
 from symbiosis.errors import FrameError, ProtocolError
-from symbiosis.protocols.codec import Assembler, HeaderReader, Request, encode_reply, reply_header, request_reader
+from symbiosis.protocols.codec import Assembler, Request, encode_reply, reply_header, request_reader
 from symbiosis.protocols.messages import Answer, Call, Direction, Welcome
-from symbiosis.protocols.shm import RING, Area, SharedMemory, create_file
+from symbiosis.protocols.shm import RING, SharedMemory, create_file
 from symbiosis.protocols.shm_control import ControlChannel
+from symbiosis.protocols.shm_headers import AnswerWriter, CallReader
 from symbiosis.protocols.status import Refusal, refusal_of
 from symbiosis.protocols.transport import Handler, Ticket
 from symbiosis.server.answering import Peer, refuse, reply_to
@@ -41,7 +43,8 @@ class _Line:
     """What a welcome opens: the shared memory and the host's ends of the doorbells."""
 
     memory: SharedMemory
-    read_request: HeaderReader[Request | Refusal]
+    calls: CallReader
+    answers: AnswerWriter
     own_bell: int
     tenant_bell: int
 
@@ -53,6 +56,7 @@ class ShmSession:
         channel: the control channel, after the handshake; the caller closes it.
         peer: who is at the other end.
         handler: the host.
+        expected_width: the handler's, remembered.
         bells: who waits for the doorbell.
         workers: for what takes longer than the bells' thread may.
         payload_bytes: the longest payload of a call or an answer.
@@ -65,6 +69,7 @@ class ShmSession:
         peer: Peer,
         handler: Handler,
         *,
+        expected_width: Callable[[tuple[int, ...], Direction], int],
         bells: Bells,
         workers: Executor,
         payload_bytes: int,
@@ -74,6 +79,7 @@ class ShmSession:
         self._metrics = metrics
         self._peer = peer
         self._handler = handler
+        self._expected_width = expected_width
         self._bells = bells
         self._workers = workers
         self._payload_bytes = payload_bytes
@@ -157,27 +163,23 @@ class ShmSession:
             with contextlib.ExitStack() as undo:
                 own_bell, tenants_end = _pipe(undo, tenants_own, own=0)
                 tenant_bell, tenants_ear = _pipe(undo, tenants_own, own=1)
-                memory = SharedMemory(file, payload_bytes=payload_bytes)
+                self._open(SharedMemory(file, payload_bytes=payload_bytes), own_bell, tenant_bell)
                 undo.pop_all()
-            self._open(memory, own_bell, tenant_bell)
             self._channel.send(encoded, descriptors=(file, tenants_end, tenants_ear))
 
     def _open(self, memory: SharedMemory, own_bell: int, tenant_bell: int) -> None:
-        requests = memory.requests
-        read_request = request_reader(
-            expected_width=self._handler.expected_width,
-            max_message_bytes=requests.payload_bytes,
-            admit=self._admit_call,
-            rows_of=lambda _, dtype, shape: requests.rows(dtype, shape),
+        line = _Line(
+            memory=memory,
+            calls=CallReader(memory.requests, expected_width=self._expected_width),
+            answers=AnswerWriter(),
+            own_bell=own_bell,
+            tenant_bell=tenant_bell,
         )
-        line = _Line(memory=memory, read_request=read_request, own_bell=own_bell, tenant_bell=tenant_bell)
         with self._lock:
             if self._ended:
-                os.close(own_bell)
-                os.close(tenant_bell)
-                return
-            self._line = line
+                raise ConnectionResetError("the session was ended")
             self._bells.add(own_bell, self._answer_bell)
+            self._line = line
 
     # --- calls, on the thread of the bells
 
@@ -214,37 +216,34 @@ class ShmSession:
             self._send(reply_header(EXPIRED))
             self.end()  # rule 2
             return
-        pending = line.read_request(header)
-        call = pending.finish(line.memory.requests.payload(pending.byte_count))
-        if isinstance(call, Refusal):
-            self._refuse(call)  # there was no room
-            return
-        if not isinstance(call, Call):
-            raise ProtocolError("only calls go through the shared memory", "Send it over the control channel")
-        if pending.byte_count > INLINE_BYTES:
-            self._workers.submit(self._submit, call, line.memory.replies)
+        call = line.calls.read(header)
+        if call.rows.nbytes > INLINE_BYTES:
+            self._workers.submit(self._submit, call, line)
         else:
-            self._submit(call, line.memory.replies)
+            self._submit(call, line)
 
-    def _admit_call(self, *, byte_count: int, rows: int) -> None:
-        self._call_ticket = self._handler.admit(self._peer.tenant, byte_count=byte_count, rows=rows)
-
-    def _submit(self, call: Call, replies: Area) -> None:
+    def _submit(self, call: Call, line: _Line) -> None:
         try:
-            width = self._handler.expected_width(call.layers, call.direction.opposite)
-            out = replies.rows(call.rows.dtype, (call.rows.shape[0], width))
-            self._handler.submit(self._peer.tenant, call, lambda reply: self._finish(reply, out), out=out)
+            width = self._expected_width(call.layers, call.direction.opposite)
+            out = line.memory.replies.rows(call.rows.dtype, (call.rows.shape[0], width))
+            self._call_ticket = self._handler.admit(
+                self._peer.tenant, byte_count=call.rows.nbytes + out.nbytes, rows=call.rows.shape[0]
+            )
+            self._handler.submit(self._peer.tenant, call, lambda reply: self._finish(reply, out, line.answers), out=out)
         except Exception as error:
             self._refuse(refuse(self._peer.tenant, error, number=call.number))
 
     # --- answers, on whatever thread brings them
 
-    def _finish(self, reply: Answer | Refusal, out: torch.Tensor) -> None:
+    def _finish(self, reply: Answer | Refusal, out: torch.Tensor, answers: AnswerWriter) -> None:
         try:
             if isinstance(reply, Refusal):
                 self._refuse(reply)
-                return
-            self._send(reply_header(reply), b"" if reply.rows is out else encode_reply(reply).payload)
+            elif reply.rows is out:
+                self._send(answers.header(reply))
+            else:
+                encoded = encode_reply(reply)
+                self._send(encoded.header, encoded.payload)
         except Exception as error:  # an answer that nobody can send must not leave the tenant waiting
             self._refuse(refuse(self._peer.tenant, error, number=reply.number))
 

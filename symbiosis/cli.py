@@ -318,6 +318,9 @@ def host_serve(
     ] = "cpu",
     workers: Annotated[int, typer.Option(help="Products that are computed at the same time.")] = 1,
     threads: Annotated[int, typer.Option(help="Threads of one product; 0 lets PyTorch choose.")] = 0,
+    metrics: Annotated[
+        str | None, typer.Option(help="host:port of a Prometheus endpoint, for example 127.0.0.1:9464.")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Serve a base until interrupted."""
@@ -326,6 +329,8 @@ def host_serve(
     from symbiosis.server.base import load_base  # noqa: PLC0415
     from symbiosis.server.executor import ExecutorConfig  # noqa: PLC0415
     from symbiosis.server.host import Host  # noqa: PLC0415
+    from symbiosis.server.metrics import HostMetrics, Metrics  # noqa: PLC0415
+    from symbiosis.server.metrics_endpoint import MetricsEndpoint  # noqa: PLC0415
     from symbiosis.server.placement import usable_devices  # noqa: PLC0415
     from symbiosis.server.service import Service, ServiceConfig  # noqa: PLC0415
     from symbiosis.server.shm_service import ShmConfig, ShmService  # noqa: PLC0415
@@ -340,14 +345,19 @@ def host_serve(
     credentials = Authority.load(state).issue_host(sorted(names))
     policy = _choice(Publish, publish, "publishing policy")
     storage = _choice(Storage, weights, "way to hold weights")
-    hosted = load_base(resolve_base(base), dtype=dtype, publish=policy, storage=storage, devices=usable)
     with contextlib.ExitStack() as stack:
-        host = stack.enter_context(Host(hosted, executor=executor))
+        told, read_at = Metrics(), ""
+        if metrics is not None:  # before the base, which takes longer to load than a wrong address to find
+            told = counted = HostMetrics()
+            read_at = stack.enter_context(MetricsEndpoint(counted, metrics)).address
+            _console.print(f"Metrics on http://{read_at}/metrics")
+        hosted = load_base(resolve_base(base), dtype=dtype, publish=policy, storage=storage, devices=usable)
+        host = stack.enter_context(Host(hosted, executor=executor, metrics=told))
         services: list[Service | ShmService] = []
         if listen is not None or shared is None:
-            services.append(stack.enter_context(Service(host, credentials, config)))
+            services.append(stack.enter_context(Service(host, credentials, config, metrics=told)))
         if shared is not None:
-            services.append(stack.enter_context(ShmService(host, credentials, shared)))
+            services.append(stack.enter_context(ShmService(host, credentials, shared, metrics=told)))
         stack.enter_context(contextlib.suppress(KeyboardInterrupt))
         manifest, addresses = hosted.manifest, [service.address for service in services]
         _console.print(
@@ -360,6 +370,7 @@ def host_serve(
                     "addresses": addresses,
                     "base": manifest.base,
                     "layers": len(manifest.layers),
+                    "metrics": read_at,
                 }
             )
             sys.stdout.flush()

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,6 +171,7 @@ def test_misuse(symbiosis: Run, arguments: str) -> None:
         ("host serve {state} --listen nowhere", "configuration", "'nowhere'"),
         ("host serve {state} --listen 127.0.0.1:99999", "configuration", "99999"),
         ("host serve {state} --name no/name", "configuration", "no/name"),
+        ("host serve {state} --metrics nowhere", "configuration", "'nowhere'"),
         ("host serve {state} --shm /dev/null", "configuration", "/dev"),
     ],
 )
@@ -452,7 +454,7 @@ def serving(
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
-            [COMMAND, "host", "serve", enrolled[0], *listen, "--shm", "own/host", "--json"],
+            [COMMAND, "host", "serve", enrolled[0], *listen, "--shm", "own/host", "--metrics", "127.0.0.1:0", "--json"],
             cwd=tmp_path,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -476,7 +478,7 @@ def test_a_host_and_a_tenant_in_processes_of_their_own(
     serving: Serving, enrolled: tuple[Path, Path], environment: dict[str, str], symbiosis: Run, tmp_path: Path
 ) -> None:
     identity = enrolled[1]
-    assert serving.said.keys() == {"address", "addresses", "base", "layers"}
+    assert serving.said.keys() == {"address", "addresses", "base", "layers", "metrics"}
     assert serving.said["layers"] == 28
     done = subprocess.run(
         [sys.executable, "-c", TENANT, serving.address, identity],
@@ -504,6 +506,8 @@ def test_a_host_and_a_tenant_in_processes_of_their_own(
     verified = symbiosis("audit", "verify", said["ledger"], "--json")
     assert verified.code == 0
     assert (verified.json["tenant"], verified.json["bytes"]) == ("acme", said["sent"])
+    with urllib.request.urlopen(f"http://{serving.said['metrics']}/metrics") as told:
+        assert 'symbiosis_tokens_total{direction="backward",tenant="acme"}' in told.read().decode()
     serving.end(signal.SIGINT)
 
 

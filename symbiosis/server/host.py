@@ -21,6 +21,7 @@ from symbiosis.server.admission import Admission, AdmissionConfig, Ticket
 from symbiosis.server.answering import refuse
 from symbiosis.server.base import HostedBase
 from symbiosis.server.executor import Executor, ExecutorConfig
+from symbiosis.server.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 
@@ -32,14 +33,29 @@ class Host:
         base: what to serve.
         executor: how many compute, and by what rules.
         admission: what tenants may have under way.
+        metrics: told what the host does.
     """
 
     def __init__(
-        self, base: HostedBase, *, executor: ExecutorConfig | None = None, admission: AdmissionConfig | None = None
+        self,
+        base: HostedBase,
+        *,
+        executor: ExecutorConfig | None = None,
+        admission: AdmissionConfig | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         self.base = base
-        self._admission = Admission(admission)
-        self._executor = Executor(executor).start()
+        self.metrics = metrics or Metrics()
+        """For the services, too, which tell it what a host does not see."""
+        self._admission = Admission(
+            admission, changed=lambda tenant, delta: self.metrics.in_flight(tenant=tenant, delta_bytes=delta)
+        )
+        self._executor = Executor(executor, metrics=self.metrics).start()
+        self.metrics.hosts(
+            layers=len(base.manifest.layers),
+            weights_bytes=lambda: sum(weight.byte_count for weight in base.weights),
+            waiting_calls=lambda: self._executor.waiting_calls,
+        )
         self._rows: Counter[str] = Counter()
         self._lock = threading.Lock()
 
@@ -94,7 +110,14 @@ class Host:
 
     def open_session(self, tenant: str) -> Ticket:
         """See `protocols.transport.Handler`."""
-        return self._admission.open_session(tenant)
+        place = self._admission.open_session(tenant)
+        self.metrics.session_opened(tenant=tenant)
+
+        def leave() -> None:
+            place.release()
+            self.metrics.session_closed(tenant=tenant)
+
+        return Ticket(leave)
 
     def admit(self, tenant: str, *, byte_count: int, rows: int) -> Ticket:
         """See `protocols.transport.Handler`."""

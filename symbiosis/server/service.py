@@ -31,6 +31,7 @@ from symbiosis.protocols.identity import Credentials
 from symbiosis.protocols.status import refusal_of
 from symbiosis.protocols.transport import Handler
 from symbiosis.server.answering import Peer, peer_of
+from symbiosis.server.metrics import Metrics
 from symbiosis.server.stalls import Stalls
 from symbiosis.server.stream import Stream
 
@@ -76,14 +77,23 @@ class Service:
         handler: the host.
         credentials: the host's key and certificate, and the authority that signs tenants.
         config: address and bounds.
+        metrics: told what the handler does not see.
 
     Raises:
         ConfigurationError: the address cannot be listened on.
     """
 
-    def __init__(self, handler: Handler, credentials: Credentials, config: ServiceConfig | None = None) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        credentials: Credentials,
+        config: ServiceConfig | None = None,
+        *,
+        metrics: Metrics | None = None,
+    ) -> None:
         config = config or ServiceConfig()
         self._handler = handler
+        self._metrics = metrics or Metrics()
         options = (
             *CHANNEL_OPTIONS,
             ("grpc.so_reuseport", 0),
@@ -140,12 +150,13 @@ class Service:
         try:
             place = self._handler.open_session(peer.tenant)
         except OverloadedError as error:
+            self._metrics.refused(tenant=peer.tenant, code=error.code)
             yield from encode_reply(refusal_of(error, number=0)).chunks()
             return  # rule 6
         with (
             place,
             self._stalls.watch(context.cancel) as stopwatch,
-            Stream(self._handler, peer.tenant, stopwatch) as stream,
+            Stream(self._handler, peer.tenant, stopwatch, self._metrics) as stream,
         ):
             for chunk in chunks:
                 if peer.expired:

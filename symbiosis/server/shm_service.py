@@ -47,6 +47,7 @@ from symbiosis.protocols.tls import host_context
 from symbiosis.protocols.transport import Handler
 from symbiosis.server.answering import Peer, peer_of
 from symbiosis.server.bells import Bells
+from symbiosis.server.metrics import Metrics
 from symbiosis.server.shm_session import ShmSession
 
 _log = logging.getLogger(__name__)
@@ -86,14 +87,18 @@ class ShmService:
         handler: the host.
         credentials: the host's key and certificate (which must name 127.0.0.1), and the authority that signs tenants.
         config: where to listen, and bounds.
+        metrics: told what the handler does not see.
 
     Raises:
         UnsupportedError: this system has no such memory.
         ConfigurationError: the socket cannot be made.
     """
 
-    def __init__(self, handler: Handler, credentials: Credentials, config: ShmConfig) -> None:
+    def __init__(
+        self, handler: Handler, credentials: Credentials, config: ShmConfig, *, metrics: Metrics | None = None
+    ) -> None:
         require_shared_memory()
+        self._metrics = metrics or Metrics()
         self._handler = handler
         # A tenant asks for the same few groups again and again, and what a base holds does not change.
         self._expected_width = lru_cache(maxsize=256)(handler.expected_width)
@@ -230,6 +235,7 @@ class ShmService:
                     bells=self._bells,
                     workers=self._workers,
                     payload_bytes=self._config.max_message_bytes,
+                    metrics=self._metrics,
                 ).serve()
         except OverloadedError as error:
             self._turn_away(channel, peer, error)
@@ -239,6 +245,7 @@ class ShmService:
 
     def _turn_away(self, channel: ControlChannel, peer: Peer, error: SymbiosisError) -> None:
         """Answer the first message, whatever it is, with a refusal."""
+        self._metrics.refused(tenant=peer.tenant, code=error.code)
         _log.warning("no room for a session of tenant %s", peer.tenant)
         with contextlib.suppress(OSError, ProtocolError):
             channel.set_deadline(self._config.handshake_s)

@@ -28,6 +28,7 @@ from symbiosis.protocols.status import Refusal, refusal_of
 from symbiosis.protocols.transport import Handler, Ticket
 from symbiosis.server.answering import Peer, refuse, reply_to
 from symbiosis.server.bells import Bells
+from symbiosis.server.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class ShmSession:
         bells: who waits for the doorbell.
         workers: for what takes longer than the bells' thread may.
         payload_bytes: the longest payload of a call or an answer.
+        metrics: told of refusals.
     """
 
     def __init__(
@@ -71,8 +73,10 @@ class ShmSession:
         bells: Bells,
         workers: Executor,
         payload_bytes: int,
+        metrics: Metrics,
     ) -> None:
         self._channel = channel
+        self._metrics = metrics
         self._peer = peer
         self._handler = handler
         self._expected_width = expected_width
@@ -119,6 +123,7 @@ class ShmSession:
             request = assembler.feed(self._channel.receive_chunk())
         except ProtocolError as error:
             _log.warning("tenant %s sent a chunk that cannot be read: %s", self._peer.tenant, error.code)
+            self._metrics.refused(tenant=self._peer.tenant, code=error.code)
             self._channel.send(encode_reply(refusal_of(error, number=0)))
             return False  # rule 4
         if request is None or isinstance(request, Refusal):  # no calls come this way, so nothing is refused unread
@@ -129,6 +134,8 @@ class ShmSession:
         greeted = self._line is not None
         try:
             reply = reply_to(self._handler, self._peer.tenant, request, greeted=greeted, admit=self._admit_blob)
+            if isinstance(reply, Refusal):
+                self._metrics.refused(tenant=self._peer.tenant, code=reply.code)
             if isinstance(reply, Welcome):
                 self._welcome(reply)
             else:
@@ -185,7 +192,7 @@ class ShmSession:
                 self._take_call(header, line)
         except ProtocolError as error:
             _log.warning("tenant %s sent what cannot be read: %s", self._peer.tenant, error.code)
-            self._send(reply_header(refusal_of(error, number=0)))
+            self._refuse(refusal_of(error, number=0))
             self.end()  # rule 4
         except ConnectionError:
             self.end()
@@ -224,19 +231,25 @@ class ShmSession:
             )
             self._handler.submit(self._peer.tenant, call, lambda reply: self._finish(reply, out, line.answers), out=out)
         except Exception as error:
-            self._send(reply_header(refuse(self._peer.tenant, error, number=call.number)))
+            self._refuse(refuse(self._peer.tenant, error, number=call.number))
 
     # --- answers, on whatever thread brings them
 
     def _finish(self, reply: Answer | Refusal, out: torch.Tensor, answers: AnswerWriter) -> None:
         try:
-            if isinstance(reply, Answer) and reply.rows is out:
+            if isinstance(reply, Refusal):
+                self._refuse(reply)
+            elif reply.rows is out:
                 self._send(answers.header(reply))
             else:
                 encoded = encode_reply(reply)
                 self._send(encoded.header, encoded.payload)
         except Exception as error:  # an answer that nobody can send must not leave the tenant waiting
-            self._send(reply_header(refuse(self._peer.tenant, error, number=reply.number)))
+            self._refuse(refuse(self._peer.tenant, error, number=reply.number))
+
+    def _refuse(self, refusal: Refusal) -> None:
+        self._metrics.refused(tenant=self._peer.tenant, code=refusal.code)
+        self._send(reply_header(refusal))
 
     def _send(self, header: bytes, payload: bytes | memoryview = b"") -> None:
         ticket, self._call_ticket = self._call_ticket, None

@@ -7,6 +7,7 @@ buffer, given back when nothing of the message or its answer is left in this pro
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from types import TracebackType
 
@@ -17,6 +18,7 @@ from symbiosis.protocols.messages import Welcome
 from symbiosis.protocols.status import Refusal, refusal_of
 from symbiosis.protocols.transport import Handler, Ticket
 from symbiosis.server.answering import reply_to
+from symbiosis.server.metrics import Metrics
 from symbiosis.server.stalls import Stopwatch
 
 _log = logging.getLogger(__name__)
@@ -29,12 +31,15 @@ class Stream:
         handler: the host.
         tenant: who is at the other end, as its certificate says.
         stopwatch: runs while the tenant has to move.
+        metrics: told of refusals and of the time that messages are on their way.
     """
 
-    def __init__(self, handler: Handler, tenant: str, stopwatch: Stopwatch) -> None:
+    def __init__(self, handler: Handler, tenant: str, stopwatch: Stopwatch, metrics: Metrics) -> None:
         self._handler = handler
         self._tenant = tenant
         self._stopwatch = stopwatch
+        self._metrics = metrics
+        self._begun_s: float | None = None  # when the first chunk of the message came that is being read
         self._ticket: Ticket | None = None
         self._greeted = False
         self._assembler: Assembler[Request | Refusal] = Assembler(
@@ -52,11 +57,15 @@ class Stream:
         if reply is None:
             self._stopwatch.start()
             return
+        if isinstance(reply, Refusal):
+            self._metrics.refused(tenant=self._tenant, code=reply.code)
+        started_s = time.monotonic()
         try:
             for part in encode_reply(reply).chunks():
                 self._stopwatch.start()
                 yield part
                 self._stopwatch.stop()
+            self._metrics.transferred(incoming=False, seconds=time.monotonic() - started_s)
         finally:
             # The answer goes first: what the ticket stands for must be gone when somebody else is let in.
             del reply
@@ -69,13 +78,19 @@ class Stream:
         self._release()
 
     def _take(self, chunk: bytes) -> Reply | None:
+        now_s = time.monotonic()
+        self._begun_s = self._begun_s or now_s
         try:
             message = self._assembler.feed(chunk)
         except ProtocolError as error:
             _log.warning("tenant %s sent a chunk that cannot be read: %s", self._tenant, error.code)
             self.ended = True  # rule 4
             return refusal_of(error, number=0)
-        if message is None or isinstance(message, Refusal):
+        if message is None:
+            return None
+        self._metrics.transferred(incoming=True, seconds=now_s - self._begun_s)
+        self._begun_s = None
+        if isinstance(message, Refusal):
             return message
         reply = reply_to(self._handler, self._tenant, message, greeted=self._greeted, admit=self._admit)
         self._greeted = self._greeted or isinstance(reply, Welcome)

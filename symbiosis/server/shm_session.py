@@ -196,6 +196,9 @@ class ShmSession:
             self.end()  # rule 4
         except ConnectionError:
             self.end()
+        except Exception:  # an accident of the host's own; the tenant must not wait for an answer
+            _log.exception("failed to take a call of tenant %s", self._peer.tenant)
+            self.end()
 
     def _take_header(self, line: _Line) -> bytes | None:
         """The header of the request that the bell announces; `None` if it did not ring."""

@@ -557,7 +557,7 @@ MEMORY_ATTACKS: dict[str, tuple[bytes, bytes, str, bool]] = {
         ),
         b"",
         "frame",
-        True,
+        False,
     ),
 }
 

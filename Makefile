@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 OUT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo results test models peft tenant-install check format protos base clean
+.PHONY: help setup demo results test models peft bench bench-scale bench-call tenant-install check format protos base clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -41,6 +41,16 @@ models: setup ## Walk the registry of transformers: every type split against loc
 peft: setup ## Try every PEFT method, split against local, and renew the README's table
 	$(BIN)/python scripts/try_peft_methods.py
 	$(BIN)/python scripts/readme_tables.py
+
+bench: setup ## Measure N tenants against N separate PEFT jobs (25 minutes), and renew the README's table
+	$(BIN)/symbiosis bench tenants --out benchmarks/results
+	$(BIN)/python scripts/readme_tables.py
+
+bench-scale: setup ## Memory and speed from 1 to 32 tenants
+	$(BIN)/symbiosis bench scale --out benchmarks/results
+
+bench-call: setup ## What one call costs, by rows and transport
+	$(BIN)/symbiosis bench call --out benchmarks/results
 
 tenant-install: setup ## Install the package alone, as a tenant does, and use it against a host
 	$(BIN)/python -m pytest -m slow tests/test_tenant_install.py

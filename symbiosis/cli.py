@@ -14,14 +14,14 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import click
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from symbiosis import __version__
 from symbiosis.errors import ConfigurationError, SymbiosisError
@@ -40,8 +40,10 @@ app = typer.Typer(
 )
 host_app = typer.Typer(help="Serve a base to tenants.", no_args_is_help=True)
 audit_app = typer.Typer(help="Prove what left.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure, on this machine, against what people would run instead.", no_args_is_help=True)
 app.add_typer(host_app, name="host")
 app.add_typer(audit_app, name="audit")
+app.add_typer(bench_app, name="bench")
 
 _Choice = TypeVar("_Choice", bound=Enum)
 
@@ -51,6 +53,7 @@ _log = logging.getLogger(__name__)
 _INTERRUPTED = 130  # what Typer makes of a KeyboardInterrupt
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+BenchOut = Annotated[Path | None, typer.Option("--out", help="Directory for the result as JSON and as a plot.")]
 
 
 def main() -> None:
@@ -298,7 +301,12 @@ def host_sign(
 def host_serve(
     state: Annotated[Path, typer.Argument(help="Directory of the host's authority.")],
     base: Annotated[str, typer.Option(help="A model directory, a hub id, or `builtin`.")] = "builtin",
-    listen: Annotated[str, typer.Option(help="host:port to listen on.")] = "127.0.0.1:8443",
+    listen: Annotated[
+        str | None, typer.Option(help="host:port to listen on; 127.0.0.1:8443 unless --shm is given alone.")
+    ] = None,
+    shm: Annotated[
+        Path | None, typer.Option(help="Socket for tenants on this machine, who connect to shm:PATH.")
+    ] = None,
     name: Annotated[
         list[str] | None, typer.Option(help="DNS name or address that tenants use; repeat for more.")
     ] = None,
@@ -310,6 +318,9 @@ def host_serve(
     ] = "cpu",
     workers: Annotated[int, typer.Option(help="Products that are computed at the same time.")] = 1,
     threads: Annotated[int, typer.Option(help="Threads of one product; 0 lets PyTorch choose.")] = 0,
+    metrics: Annotated[
+        str | None, typer.Option(help="host:port of a Prometheus endpoint, for example 127.0.0.1:9464.")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Serve a base until interrupted."""
@@ -318,28 +329,52 @@ def host_serve(
     from symbiosis.server.base import load_base  # noqa: PLC0415
     from symbiosis.server.executor import ExecutorConfig  # noqa: PLC0415
     from symbiosis.server.host import Host  # noqa: PLC0415
+    from symbiosis.server.metrics import HostMetrics, Metrics  # noqa: PLC0415
+    from symbiosis.server.metrics_endpoint import MetricsEndpoint  # noqa: PLC0415
     from symbiosis.server.placement import usable_devices  # noqa: PLC0415
     from symbiosis.server.service import Service, ServiceConfig  # noqa: PLC0415
+    from symbiosis.server.shm_service import ShmConfig, ShmService  # noqa: PLC0415
     from symbiosis.simulations.builtin import resolve_base  # noqa: PLC0415
 
     executor = ExecutorConfig(workers=workers, threads=threads or None)
-    config, usable = ServiceConfig(address=listen), usable_devices(devices)
-    names = name or sorted({config.host, "127.0.0.1", "localhost"} - {"0.0.0.0", "::"})  # noqa: S104
-    credentials = Authority.load(state).issue_host(names)
+    config, usable = ServiceConfig(address=listen or "127.0.0.1:8443"), usable_devices(devices)
+    shared = ShmConfig(path=shm.expanduser().absolute()) if shm is not None else None
+    names = set(name or {config.host, "localhost"} - {"0.0.0.0", "::"})  # noqa: S104
+    if shared is not None or not name:
+        names.add("127.0.0.1")  # what tenants of shared memory look for
+    credentials = Authority.load(state).issue_host(sorted(names))
     policy = _choice(Publish, publish, "publishing policy")
     storage = _choice(Storage, weights, "way to hold weights")
-    hosted = load_base(resolve_base(base), dtype=dtype, publish=policy, storage=storage, devices=usable)
-    with (
-        Host(hosted, executor=executor) as host,
-        Service(host, credentials, config) as service,
-        contextlib.suppress(KeyboardInterrupt),
-    ):
-        manifest = hosted.manifest
-        _console.print(f"Serving {manifest.base}: {len(manifest.layers)} layers on {service.address} (Ctrl-C ends it)")
+    with contextlib.ExitStack() as stack:
+        told, read_at = Metrics(), ""
+        if metrics is not None:  # before the base, which takes longer to load than a wrong address to find
+            told = counted = HostMetrics()
+            read_at = stack.enter_context(MetricsEndpoint(counted, metrics)).address
+            _console.print(f"Metrics on http://{read_at}/metrics")
+        hosted = load_base(resolve_base(base), dtype=dtype, publish=policy, storage=storage, devices=usable)
+        host = stack.enter_context(Host(hosted, executor=executor, metrics=told))
+        services: list[Service | ShmService] = []
+        if listen is not None or shared is None:
+            services.append(stack.enter_context(Service(host, credentials, config, metrics=told)))
+        if shared is not None:
+            services.append(stack.enter_context(ShmService(host, credentials, shared, metrics=told)))
+        stack.enter_context(contextlib.suppress(KeyboardInterrupt))
+        manifest, addresses = hosted.manifest, [service.address for service in services]
+        _console.print(
+            f"Serving {manifest.base}: {len(manifest.layers)} layers on {' and '.join(addresses)} (Ctrl-C ends it)"
+        )
         if json_:
-            _print_json({"address": service.address, "base": manifest.base, "layers": len(manifest.layers)})
+            _print_json(
+                {
+                    "address": addresses[0],
+                    "addresses": addresses,
+                    "base": manifest.base,
+                    "layers": len(manifest.layers),
+                    "metrics": read_at,
+                }
+            )
             sys.stdout.flush()
-        service.wait()
+        services[0].wait()
     _console.print("stopped")
 
 
@@ -363,6 +398,122 @@ def audit_verify(
                 "head": {"sequence": verified.head.sequence, "hash": verified.head.hash},
             }
         )
+
+
+@bench_app.command("tenants")
+def bench_tenants(  # one option per setting; Typer reads them from the signature
+    tenants: Annotated[int, typer.Option(help="Tenants of the host, and separate jobs.")] = 8,
+    rounds: Annotated[int, typer.Option(help="Pairs of rounds that a ratio is the median of.")] = 5,
+    preset: Annotated[str, typer.Option(help="Models and work: default, or tiny, which takes seconds.")] = "default",
+    only: Annotated[str, typer.Option(help="memory, train, train-grpc, decode, mixed; separated by commas.")] = "",
+    transport: Annotated[str, typer.Option(help="Way to the host, but in train-grpc: shm or grpc.")] = "shm",
+    models: Annotated[Path | None, typer.Option(help="Directory for the models, which are written once.")] = None,
+    out: BenchOut = None,
+    json_: Json = False,
+) -> None:
+    """Tenants of one host against as many separate PEFT processes: memory and speed, interleaved."""
+    from symbiosis.simulations.bench.config import (  # noqa: PLC0415 - commands load what they need
+        DEFAULT_MODELS,
+        TenantsConfig,
+        preset_of,
+        sections_of,
+    )
+    from symbiosis.simulations.bench.display import tenants_table  # noqa: PLC0415
+    from symbiosis.simulations.bench.tenants import run_tenants  # noqa: PLC0415
+
+    config = TenantsConfig(
+        tenants=tenants,
+        rounds=rounds,
+        preset=preset_of(preset),
+        sections=sections_of(only),
+        transport=transport,
+        models=models or DEFAULT_MODELS,
+    )
+    _bench(lambda report: run_tenants(config, report=report), tenants_table, out=out, json_=json_)
+
+
+@bench_app.command("scale")
+def bench_scale(  # one option per setting; Typer reads them from the signature
+    tenants: Annotated[str, typer.Option(help="Numbers of tenants, ascending, separated by commas.")] = "1,2,4,8,16,32",
+    rounds: Annotated[int, typer.Option(help="Rounds of each kind that a speed is the median of.")] = 3,
+    preset: Annotated[str, typer.Option(help="Model and work: default, or tiny, which takes seconds.")] = "default",
+    transport: Annotated[str, typer.Option(help="Way to the host: shm or grpc.")] = "shm",
+    models: Annotated[Path | None, typer.Option(help="Directory for the model, which is written once.")] = None,
+    out: BenchOut = None,
+    json_: Json = False,
+) -> None:
+    """How memory and speed grow with the number of tenants, and of separate PEFT processes."""
+    from symbiosis.simulations.bench.config import (  # noqa: PLC0415 - commands load what they need
+        DEFAULT_MODELS,
+        ScaleConfig,
+        numbers_of,
+        preset_of,
+    )
+    from symbiosis.simulations.bench.display import scale_table  # noqa: PLC0415
+    from symbiosis.simulations.bench.scale import run_scale  # noqa: PLC0415
+
+    chosen = preset_of(preset)
+    config = ScaleConfig(
+        tenants=numbers_of(tenants),
+        rounds=rounds,
+        shape=chosen.train,
+        work=chosen.scale_work,
+        transport=transport,
+        models=models or DEFAULT_MODELS,
+    )
+    _bench(lambda report: run_scale(config, report=report), scale_table, out=out, json_=json_)
+
+
+@bench_app.command("call")
+def bench_call(  # one option per setting; Typer reads them from the signature
+    rows: Annotated[str, typer.Option(help="Rows of a call, separated by commas.")] = "1,8,32,128,512,2048",
+    width: Annotated[int, typer.Option(help="Width of rows and answers, float32.")] = 2048,
+    transports: Annotated[str, typer.Option(help="Of inprocess, shm, grpc; separated by commas.")] = (
+        "inprocess,shm,grpc"
+    ),
+    blocks: Annotated[int, typer.Option(help="How often everything is gone through.")] = 3,
+    models: Annotated[Path | None, typer.Option(help="Directory for the model, which is written once.")] = None,
+    out: BenchOut = None,
+    json_: Json = False,
+) -> None:
+    """What one call costs by rows and transport, next to the bare product and a bare copy."""
+    from symbiosis.simulations.bench.call import run_call  # noqa: PLC0415 - commands load what they need
+    from symbiosis.simulations.bench.config import DEFAULT_MODELS, CallConfig, numbers_of  # noqa: PLC0415
+    from symbiosis.simulations.bench.display import call_table  # noqa: PLC0415
+
+    config = CallConfig(
+        rows=numbers_of(rows),
+        width=width,
+        transports=tuple(name.strip() for name in transports.split(",")),
+        blocks=blocks,
+        models=models or DEFAULT_MODELS,
+    )
+    _bench(lambda report: run_call(config, report=report), call_table, out=out, json_=json_)
+
+
+def _bench(
+    run: Callable[[Callable[[str], None]], dict[str, Any]],
+    table: Callable[[Mapping[str, Any]], RenderableType],
+    *,
+    out: Path | None,
+    json_: bool,
+) -> None:
+    """Run a benchmark: progress to standard error, then the result to wherever it was asked for."""
+    from symbiosis.simulations.bench.plots import check_output, write_result  # noqa: PLC0415
+
+    if out is not None:
+        check_output(out)
+    started = time.monotonic()
+
+    def report(line: str) -> None:
+        _console.print(f"[dim]{time.monotonic() - started:5.0f} s[/]  {line}", highlight=False)
+
+    result = run(report)
+    if out is not None:
+        write_result(result, out)
+    _wide(_console if json_ else Console()).print(table(result))
+    if json_:
+        _print_json(result)
 
 
 def _keep_to_oneself(source: BaseSource) -> None:

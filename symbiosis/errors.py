@@ -21,9 +21,11 @@
     ├── LedgerError                the ledger cannot be written, or does not verify
     ├── TranscriptError            a recording cannot be written or read
     ├── HostUnavailableError       the host did not answer; the same call may be sent again
+    ├── OverloadedError            the host has as much of this tenant's work as it takes; later it takes more
     ├── HostFailureError           the host answered with a failure of its own
     ├── RemoteWeightError          an operation that a weight living elsewhere cannot take part in
-    └── SimulationError            a simulated run that did not complete
+    ├── SimulationError            a simulated run that did not complete
+    └── BenchmarkError             a measurement that did not complete, or whose sides did not do the same work
 
 An error carries what was wrong and what to do next, has a stable `code`, and survives pickling (Flower's
 simulation moves errors between processes). Codes also travel: `protocols.status` maps them to the wire.
@@ -174,6 +176,22 @@ class HostUnavailableError(SymbiosisError):
     code = "host-unavailable"
 
 
+class OverloadedError(SymbiosisError):
+    """The host has as much work under way as it takes. The same message may be sent again after a while.
+
+    Args:
+        message: as `SymbiosisError`.
+        next_action: as `SymbiosisError`.
+        retry_after_s: when there is probably room for it (seconds from now).
+    """
+
+    code = "overloaded"
+
+    def __init__(self, message: str, next_action: str = "", *, retry_after_s: float = 0.0) -> None:
+        super().__init__(message, next_action)
+        self.retry_after_s = retry_after_s
+
+
 class HostFailureError(SymbiosisError):
     """The host answered with a failure of its own; the details stay in the host's log."""
 
@@ -190,3 +208,9 @@ class SimulationError(SymbiosisError):
     """A simulated run did not complete."""
 
     code = "simulation"
+
+
+class BenchmarkError(SymbiosisError):
+    """A measurement did not complete, or its two sides did not do the same work."""
+
+    code = "benchmark"

@@ -24,6 +24,7 @@ from symbiosis.protocols.transport import Handler
 from symbiosis.server.base import host_model
 from symbiosis.server.host import Host
 from symbiosis.server.service import Service, ServiceConfig
+from symbiosis.server.shm_service import ShmConfig, ShmService
 from symbiosis.simulations import local_base
 
 # The same examples in every run, so that a red build means a changed package; `nightly` looks for new ones.
@@ -36,6 +37,7 @@ transformers_logging.disable_progress_bar()
 OpenBase = Callable[..., Base]
 Enrol = Callable[..., Path]
 Serve = Callable[..., Service]
+ServeShm = Callable[..., ShmService]
 Join = Callable[..., Base]
 OpenStream = Callable[..., RawStream]
 FlowerMessage = Callable[..., Any]
@@ -97,6 +99,28 @@ def serve(authority: Authority) -> Iterator[Serve]:
             if isinstance(served, PreTrainedModel):
                 served = stack.enter_context(Host(host_model(served, name="tested")))
             running = service(served, by.issue_host(names), config)
+            stack.callback(running.close, grace_s=0.0)
+            return running
+
+        yield make
+
+
+@pytest.fixture
+def serve_shm(authority: Authority, tmp_path: Path) -> Iterator[ServeShm]:
+    """A handler, or a frozen model, behind shared memory."""
+    with ExitStack() as stack:
+
+        def make(
+            served: Handler | PreTrainedModel,
+            *,
+            names: tuple[str, ...] = ("127.0.0.1",),
+            by: Authority = authority,
+            **config: Any,
+        ) -> ShmService:
+            if isinstance(served, PreTrainedModel):
+                served = stack.enter_context(Host(host_model(served, name="tested")))
+            path = tmp_path / f"shm-{len(list(tmp_path.glob('shm-*')))}" / "host"
+            running = ShmService(served, by.issue_host(names), ShmConfig(**{"path": path, **config}))
             stack.callback(running.close, grace_s=0.0)
             return running
 

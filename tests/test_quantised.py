@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from symbiosis.protocols.manifest import Orientation, Storage
@@ -13,6 +17,10 @@ from symbiosis.protocols.messages import Direction, Segment
 from symbiosis.server.linear import multiply
 from symbiosis.server.weight import INT8_MAX, quantised
 from symbiosis.simulations import local_base
+from symbiosis.simulations.apps import _base
+from symbiosis.simulations.display import summary
+from symbiosis.simulations.results import LocalRun, SimulationResult, TenantResult
+from symbiosis.simulations.simulate import SimulationConfig, _settings
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -81,3 +89,21 @@ def test_a_tenant_sees_the_rounded_base_and_its_gradients(kind: str) -> None:
     local.backward()
     torch.testing.assert_close(loss, local, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(embedding.grad, model.get_input_embeddings().weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_simulation_holds_them_and_prints_the_effect_on_the_loss(tmp_path: Path) -> None:
+    config = SimulationConfig(workdir=tmp_path, weights=Storage.INT8)
+    assert _base(_settings(config, tmp_path)).manifest.storage is Storage.INT8
+    tenant = TenantResult(name="acme", corpus="x", loss_before=3.06, loss_after=2.0)
+    tenant = tenant.with_local_run(LocalRun(loss_before=3.0, loss_after=2.5))
+    for weights, said in (
+        ("int8", "acme: int8 weights change the loss before training by +2.00%"),
+        ("float", "differs"),
+    ):
+        result = SimulationResult(
+            tenants=(tenant,), rounds=1, base="builtin", seconds=1.0, directory=".", training={}, weights=weights
+        )
+        console = Console(width=140, record=True, file=io.StringIO())
+        console.print(summary(result))
+        assert said in console.export_text()
+        assert result.sound == (weights == "int8")  # the local run has another base

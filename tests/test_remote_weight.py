@@ -409,8 +409,10 @@ def test_saving_it(linear: Hosted, attempt: Callable[[torch.Tensor], object]) ->
 
 
 def test_saving_it_as_safetensors(linear: Hosted, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="invalid python storage"):  # safetensors asks for an address; there is none
+    with pytest.raises(RemoteWeightError, match="cannot be saved") as caught:
         safetensors.torch.save_file({"weight": linear.weight}, tmp_path / "x.safetensors")
+    assert "is_remote" in caught.value.next_action
+    assert linear.weight.untyped_storage().nbytes() == 4 * linear.exact.numel()  # a size is no number of it
 
 
 def test_sharing_its_memory(linear: Hosted) -> None:

@@ -23,7 +23,7 @@ import h2.events
 import pytest
 import torch
 from conftest import Enrol, Join, OpenStream, Serve
-from oracles import RawStream, frozen_llama, relative_error
+from oracles import RawStream, Wrapped, frozen_llama, relative_error
 from proxy import PlainServer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -548,7 +548,7 @@ def test_a_host_whose_executor_has_ended(serve: Serve, enrol: Enrol, join: Join,
             works(base, model)
 
 
-class Waiting:
+class Waiting(Wrapped):
     """A host that answers calls only when it is let.
 
     Args:
@@ -557,16 +557,13 @@ class Waiting:
     """
 
     def __init__(self, host: Host, go: threading.Event) -> None:
-        self._host = host
+        super().__init__(host)
         self._go = go
 
     def handle(self, tenant: str, request: Request) -> Reply:
         if isinstance(request, Call):
             self._go.wait(60)
-        return self._host.handle(tenant, request)
-
-    def expected_width(self, layers: tuple[int, ...], direction: Direction) -> int:
-        return self._host.expected_width(layers, direction)
+        return super().handle(tenant, request)
 
 
 def test_a_host_that_does_not_answer_in_time(serve: Serve, enrol: Enrol, join: Join, model: PreTrainedModel) -> None:
@@ -586,7 +583,7 @@ def test_a_host_that_does_not_answer_in_time(serve: Serve, enrol: Enrol, join: J
         assert works(join(service.address, enrol("acme")), model)
 
 
-class Liar:
+class Liar(Wrapped):
     """A host whose replies are other than it should give.
 
     Args:
@@ -595,14 +592,11 @@ class Liar:
     """
 
     def __init__(self, host: Host, change: Callable[[Reply], Reply]) -> None:
-        self._host = host
+        super().__init__(host)
         self._change = change
 
     def handle(self, tenant: str, request: Request) -> Reply:
-        return self._change(self._host.handle(tenant, request))
-
-    def expected_width(self, layers: tuple[int, ...], direction: Direction) -> int:
-        return self._host.expected_width(layers, direction)
+        return self._change(super().handle(tenant, request))
 
 
 def on(kind: type, change: Callable[[Any], Any]) -> Callable[[Reply], Reply]:

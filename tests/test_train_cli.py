@@ -108,12 +108,14 @@ def test_every_format_without_a_network(kind: str, tmp_path: Path, here: Path) -
     else:
         name = jsonl(folder / "data.jsonl", [ROWS[kind](i) for i in range(8)]).name
     training = TRAINING | ({"chat_template_path": "chat.jinja"} if chat else {})
-    config = toml(folder, data={"train": name, "eval": [name]}, training=training)
+    base = {"path": "builtin", "weights": "int8" if kind == "text" else "float"}
+    config = toml(folder, base=base, data={"train": name, "eval": [name]}, training=training)
     modules = without(tmp_path / "modules", sitecustomize=NO_NETWORK)
     done = symbiosis("train", config, "--json", env=environment(tmp_path, modules), cwd=here)
     assert done.code == 0, done.err
     result, out = done.json, folder / "out"
     assert (result["format"], result["steps"], result["method"]) == (kind, 3, "LORA")
+    assert result["weights"] == base["weights"]
     assert result["loss_after"] < result["loss_before"]
     assert [step for step, _ in result["losses"]] == [1, 2, 3]
     assert json.loads((out / "result.json").read_text()).items() >= result.items()
@@ -127,6 +129,7 @@ def test_every_format_without_a_network(kind: str, tmp_path: Path, here: Path) -
         "library_name: peft",
         "LORA",
         "`plaintext`",
+        f"weights held in {base['weights']}",
         "could read",
         proven.head.hash,
         f"{result['loss_after']:.4f}",

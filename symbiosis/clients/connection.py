@@ -10,15 +10,19 @@ from pathlib import Path
 from symbiosis.clients.base import Base
 from symbiosis.clients.experts import Experts, experts_of
 from symbiosis.clients.gate import EgressGate
+from symbiosis.clients.retry import RetryConfig
 from symbiosis.clients.session import Session
 from symbiosis.errors import ConfigurationError, UnsupportedError
 from symbiosis.privacy.ledger import Ledger
 from symbiosis.privacy.mechanism import Mechanism, resolve_mechanism
 from symbiosis.protocols.grpc_client import GrpcTransport
-from symbiosis.protocols.identity import tenant_of
+from symbiosis.protocols.identity import Credentials, tenant_of
 from symbiosis.protocols.identity_directory import load_credentials
 from symbiosis.protocols.messages import wire_dtype_of
+from symbiosis.protocols.shm import is_shm_address, socket_path
+from symbiosis.protocols.shm_client import ShmTransport
 from symbiosis.protocols.transcript import TranscriptWriter
+from symbiosis.protocols.transport import Transport
 
 DEFAULT_CACHE = Path("~/.cache/symbiosis")
 
@@ -36,11 +40,12 @@ def connect(
     reply_timeout_s: float = 120.0,
     experts: Experts | str = Experts.CALLED,
     wire_dtype: str = "auto",
+    retry: RetryConfig | None = None,
 ) -> Base:
     """Connect to a host.
 
     Args:
-        address: `host:port`.
+        address: `host:port`, or `shm:/path/to/socket` for a host on this machine, through memory shared with it.
         identity: directory with the tenant's `tenant.key`, `tenant.pem` and the host's `ca.pem`.
         privacy: a mode's name, or a configured mechanism. Only `"plaintext"` exists in this version, which hides
             nothing from the host.
@@ -54,10 +59,13 @@ def connect(
             see which ones are called (docs/custody.md).
         wire_dtype: `"bfloat16"` or `"float16"` rounds wider rows before they leave, and so halves the bytes of float32
             both ways; answers are rounded, too. `"auto"` sends rows as they are.
+        retry: how long to come back to a host that has no room.
 
     Raises:
         CertificateError: the identity cannot be used, or one side does not accept the other's certificate.
         HostUnavailableError: nobody answers at `address`.
+        OverloadedError: the tenant has as many sessions open as the host lets it.
+        UnsupportedError: this system cannot share memory.
         ConfigurationError: another argument cannot be used; the message says which.
         SymbiosisError: as the host says.
     """
@@ -73,10 +81,10 @@ def connect(
             undo.callback(transcript.discard)
         book = Ledger.open(_ledger_path(folder, ledger), tenant=tenant_of(credentials.certificate_pem))
         undo.callback(book.close)
-        transport = GrpcTransport(address, credentials, reply_timeout_s=reply_timeout_s)
+        transport = _transport(address, credentials, reply_timeout_s)
         undo.callback(transport.close)
         gate = EgressGate(book, destination=address, transcript=transcript)
-        session = Session(transport, gate, mechanism, wire_dtype=dtype)
+        session = Session(transport, gate, mechanism, wire_dtype=dtype, retry=retry)
         opened = Base(
             session,
             book,
@@ -89,7 +97,16 @@ def connect(
     return opened
 
 
+def _transport(address: str, credentials: Credentials, reply_timeout_s: float) -> Transport:
+    if is_shm_address(address):
+        return ShmTransport(address, credentials, reply_timeout_s=reply_timeout_s)
+    return GrpcTransport(address, credentials, reply_timeout_s=reply_timeout_s)
+
+
 def _check_address(address: str) -> None:
+    if is_shm_address(address):
+        socket_path(address)
+        return
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ConfigurationError(f"{address!r} is not an address", "Write it as host:port, for example 10.0.0.7:8443")

@@ -104,6 +104,7 @@ def _result(
         directory=str(plan.directory),
         base=base.manifest.base,
         architecture=base.manifest.architecture,
+        weights=base.manifest.storage.value,
         method=plan.config.adapter.method.upper(),
         trainable_parameters=sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad),
         examples_train=len(trainer.train_dataset),

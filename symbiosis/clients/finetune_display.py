@@ -52,6 +52,7 @@ def summary(result: FineTuneResult) -> RenderableType:
     """The table, where things are, and what the host could see."""
     table = Table(title=f"{result.method} on {result.base}", show_header=False)
     rows = {
+        "base": f"{result.architecture}, weights held in {result.weights}",
         "examples": f"{result.examples_train:,} ({result.format}), {result.examples_eval:,} held out",
         "steps": f"{result.steps:,}" + (f", resumed at {result.resumed_from:,}" if result.resumed_from else ""),
         "training loss": f"{result.loss_train:.4f}",

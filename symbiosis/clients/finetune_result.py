@@ -28,6 +28,8 @@ class FineTuneResult:
     directory: str
     base: str
     architecture: str
+    weights: str
+    """In what the host holds the base's weights: `float`, or rounded to `int8`."""
     method: str
     trainable_parameters: int
     examples_train: int
@@ -130,6 +132,7 @@ A plain PEFT adapter for `{result.base}` ({result.architecture}), fine-tuned by 
 
 | | |
 |---|---|
+| base | `{result.base}`, weights held in {result.weights} |
 | method | {result.method}, {result.trainable_parameters:,} trainable parameters |
 | data | {result.examples_train:,} sequences ({result.format}), private |
 | steps | {result.steps:,} |

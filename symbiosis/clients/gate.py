@@ -6,7 +6,8 @@ The rules of custody, numbered where they are enforced (docs/custody.md says wha
 2. a call's layers, row width, dtype and finiteness agree with the host's manifest;
 3. what is sent is the message and nothing else, byte for byte: a call's payload is its rows; of rows that are handed
    over on a device the gate makes the bytes itself, from a copy of its own;
-4. message numbers increase, so that none is ever used twice;
+4. message numbers increase, so that none is ever used twice; only the very bytes that left last may leave again,
+   which a host that had no room for them is owed, and each time is entered by itself;
 5. a fetch names only what the manifest publishes, or a hosted weight whose norms it wants;
 6. what cannot be entered into the ledger does not leave.
 """
@@ -15,7 +16,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -46,6 +48,7 @@ class EgressGate:
         self._transcript = transcript
         self._last_number = 0
         self._copy = RowCopy()
+        self._last: _Left | None = None
         self._lock = threading.Lock()
 
     def admit(self, request: Request, encoded: Encoded | None, manifest: Manifest | None) -> Encoded:
@@ -117,6 +120,26 @@ class EgressGate:
         if self._transcript is not None:
             self._transcript.close()
 
+    def admit_again(self, encoded: Encoded) -> None:
+        """Let the call or fetch that left last leave once more, after a refusal for want of room.
+
+        It is entered like the first time, with `retry` in its detail; a recording does not repeat it.
+
+        Args:
+            encoded: the bytes that will be sent, the same as before.
+
+        Raises:
+            CustodyError: not the bytes that left last (rule 4); nothing was entered and nothing may be sent.
+            LedgerError: the entry cannot be written (rule 6).
+        """
+        with self._lock:
+            last = self._last
+            if last is None or not last.same(encoded):
+                raise CustodyError("these are not the bytes that left last")  # rule 4
+            retry = last.fields.get("detail", {}).get("retry", 0) + 1
+            detail = {**last.fields.get("detail", {}), "retry": retry}
+            self._enter(last.kind, encoded, **(last.fields | {"detail": detail}))
+
     def _admit_call(self, call: Call, encoded: Encoded | None, manifest: Manifest | None) -> Encoded:
         if manifest is None:
             raise CustodyError("rows may not leave before the host's manifest is known", "Open the session first")
@@ -145,14 +168,28 @@ class EgressGate:
             raise CustodyError(f"message number {number} was used before")  # rule 4
         self._last_number = number
 
-    def _enter(self, kind: str, encoded: Encoded, **fields: object) -> None:
+    def _enter(self, kind: str, encoded: Encoded, **fields: Any) -> None:
         self._ledger.append(
             kind=kind,
             bytes=encoded.byte_count,
             messages=encoded.chunk_count,
             destination=self._destination,
-            **fields,  # type: ignore[arg-type]
+            **fields,
         )
+        self._last = _Left(kind, encoded.header, fields) if kind != "hello" else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Left:
+    """A message that left: enough to know its bytes by."""
+
+    kind: str
+    header: bytes
+    fields: dict[str, Any]
+
+    def same(self, encoded: Encoded) -> bool:
+        """Whether these are its bytes. The digest of a message with a payload is the payload's."""
+        return self.header == encoded.header and self.fields["digest"] == sha256_hex(encoded.payload or encoded.header)
 
 
 def _check_fetch(fetch: Fetch, manifest: Manifest | None) -> None:

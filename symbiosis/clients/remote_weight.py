@@ -295,6 +295,7 @@ class RemoteWeight(RowTarget, torch.Tensor):
 
 
 _AT_HOST = "Only the host holds its numbers; multiply rows by it, or load the base locally"
+_SAVE_LOCAL = "Save the adapter's own tensors: those for which `is_remote` is false"
 _NEVER_SENT = "they could be computed there, but a tenant's own parameters are never sent"
 _MERGE = ". To merge an adapter, load it on the full base with `PeftModel.from_pretrained` and merge there"
 
@@ -346,6 +347,13 @@ def _to_numpy(weight: torch.Tensor, **options: Any) -> Any:
 
 def _to_list(weight: torch.Tensor) -> Any:
     return weight._download("tolist()").tolist() if isinstance(weight, RemoteWeight) else NotImplemented
+
+
+def _storage(weight: torch.Tensor) -> Any:
+    """What safetensors turns to when `untyped_storage`, which says how many bytes there would be, has no address."""
+    if isinstance(weight, RemoteWeight):
+        raise RemoteWeightError(f"{weight._layer.name} lives at the host and cannot be saved to a file", _SAVE_LOCAL)
+    return NotImplemented
 
 
 def _trainable(weight: RemoteWeight) -> RemoteWeightError:
@@ -413,6 +421,7 @@ _WRITES: dict[Any, Callable[..., Any]] = {
     torch.Tensor.__setitem__: _set_item,
     torch.Tensor.numpy: _to_numpy,
     torch.Tensor.tolist: _to_list,
+    torch.Tensor.storage: _storage,
 }
 _MOVES: dict[Any, Callable[..., Any]] = {
     _aten.detach.default: _same,

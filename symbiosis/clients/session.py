@@ -13,7 +13,8 @@ import torch
 
 from symbiosis import __version__
 from symbiosis.clients.gate import EgressGate
-from symbiosis.errors import FrameError, ProtocolError, VersionError
+from symbiosis.clients.retry import Patience, RetryConfig
+from symbiosis.errors import FrameError, OverloadedError, ProtocolError, VersionError
 from symbiosis.privacy.mechanism import Mechanism
 from symbiosis.protocols.canonical import sha256_hex
 from symbiosis.protocols.codec import Reply, Request, encode_request
@@ -57,6 +58,7 @@ class Session:
         mechanism: how rows are hidden.
         wire_dtype: what wider rows are rounded to before they leave; answers come back in it. `None` leaves them as
             they are.
+        retry: how long to come back to a host that has no room.
 
     Raises:
         VersionError: the host speaks another protocol version.
@@ -70,8 +72,10 @@ class Session:
         mechanism: Mechanism,
         *,
         wire_dtype: torch.dtype | None = None,
+        retry: RetryConfig | None = None,
     ) -> None:
         self._transport = transport
+        self._patience = Patience(retry)
         self._gate = gate
         self._mechanism = mechanism
         self._wire_dtype = wire_dtype
@@ -147,7 +151,8 @@ class Session:
         return reply.data
 
     def close(self) -> None:
-        """End the stream."""
+        """End the stream, and a wait for the host that is under way."""
+        self._patience.stop()
         self._transport.close()
         self._gate.close()
 
@@ -200,9 +205,19 @@ class Session:
         encoded = None if on_device else encode_request(request)
         with self._lock:
             entered = self._gate.admit(request, encoded, self.manifest)
-            self._frames += 1
-            self._sent_bytes += entered.byte_count
-            return self._transport.exchange(request, entered, max_reply_bytes=max_reply_bytes + MAX_HEADER_BYTES)
+            deadline_s = self._patience.deadline_s()
+            while True:
+                self._frames += 1
+                self._sent_bytes += entered.byte_count
+                try:
+                    return self._transport.exchange(
+                        request, entered, max_reply_bytes=max_reply_bytes + MAX_HEADER_BYTES
+                    )
+                except OverloadedError as error:
+                    if isinstance(request, Hello):  # a host that refuses a session ends its stream
+                        raise
+                    self._patience.wait(error, deadline_s)
+                    self._gate.admit_again(entered)
 
     def _next_number(self) -> int:
         self._number += 1

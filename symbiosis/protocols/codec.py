@@ -1,13 +1,15 @@
 """Messages to chunks of at most 1 MiB and back. Plain integers agree before anything is allocated; no pickle anywhere.
 
 A chunk is `header length (4 bytes, little endian) | protobuf header | payload`; see `symbiosis_wire.proto`.
-Reading follows five rules, numbered where they are enforced:
+Reading follows six rules, numbered where they are enforced:
 
 1. a chunk is at most `MAX_CHUNK_BYTES`, its header at most `MAX_HEADER_BYTES`, both within the bytes that are there;
 2. a message starts with a header and continues without one;
 3. enums and counts come from fixed tables and ranges, never from a name on the wire;
 4. `rows × width × itemsize` equals the announced bytes, and both are within the limit, before a buffer is made;
-5. a message ends exactly where it said, not a byte more, and every chunk before its last one is full.
+5. a message ends exactly where it said, not a byte more, and every chunk before its last one is full;
+6. at the host there is room for a call and its answer before a buffer is made; the payload of a call that is refused
+   for want of room is read past, and the stream goes on.
 """
 
 from __future__ import annotations
@@ -16,16 +18,16 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from google.protobuf.message import DecodeError
 
-from symbiosis.errors import DtypeError, FrameError, ShapeError
+from symbiosis.errors import DtypeError, FrameError, OverloadedError, ShapeError
 from symbiosis.protocols._generated import symbiosis_wire_pb2 as pb
 from symbiosis.protocols.limits import MAX_CHUNK_BYTES, MAX_GROUP_LAYERS, MAX_HEADER_BYTES, MAX_NAME_CHARS, MAX_SEGMENTS
 from symbiosis.protocols.messages import Answer, Blob, BlobKind, Call, Direction, Fetch, Hello, Segment, Welcome
-from symbiosis.protocols.status import Refusal
+from symbiosis.protocols.status import Refusal, refusal_of
 from symbiosis.protocols.tensors import byte_count, tensor_bytes, tensor_from_bytes
 
 _PREFIX = struct.Struct("<I")
@@ -61,7 +63,7 @@ class Encoded:
     @property
     def byte_count(self) -> int:
         """Bytes of all chunks together, length prefixes included."""
-        return _framed_bytes(len(self.header), len(self.payload))
+        return message_bytes(len(self.header), len(self.payload))
 
     @property
     def chunk_count(self) -> int:
@@ -79,14 +81,14 @@ class Encoded:
                 return
 
 
-def _chunk_count(header_bytes: int, payload_bytes: int) -> int:
-    first = MAX_CHUNK_BYTES - _PREFIX.size - header_bytes
-    rest = max(0, payload_bytes - first)
-    return 1 + -(-rest // (MAX_CHUNK_BYTES - _PREFIX.size))
-
-
-def _framed_bytes(header_bytes: int, payload_bytes: int) -> int:
+def message_bytes(header_bytes: int, payload_bytes: int) -> int:
+    """Bytes of a message's chunks together, length prefixes included: what is counted whatever the transport."""
     return header_bytes + payload_bytes + _PREFIX.size * _chunk_count(header_bytes, payload_bytes)
+
+
+def _chunk_count(header_bytes: int, payload_bytes: int) -> int:
+    rest = max(0, payload_bytes - (MAX_CHUNK_BYTES - _PREFIX.size - header_bytes))
+    return 1 + -(-rest // (MAX_CHUNK_BYTES - _PREFIX.size))
 
 
 def encode_request(message: Request) -> Encoded:
@@ -163,6 +165,20 @@ def encode_reply(message: Reply) -> Encoded:
     """
     payload = memoryview(b"")
     match message:
+        case Answer():
+            payload = tensor_bytes(message.rows)
+        case Blob():
+            payload = memoryview(message.data)
+    return Encoded(header=reply_header(message), payload=payload)
+
+
+def reply_header(message: Reply) -> bytes:
+    """The header alone, for a payload that is already where it should be.
+
+    Raises:
+        DtypeError: rows of a dtype that the wire does not carry.
+    """
+    match message:
         case Welcome():
             header = pb.ReplyHeader(
                 welcome=pb.Welcome(
@@ -174,21 +190,24 @@ def encode_reply(message: Reply) -> Encoded:
                 )
             )
         case Answer():
-            payload = tensor_bytes(message.rows)
             header = _answer_header(message)
         case Blob():
-            payload = memoryview(message.data)
-            header = pb.ReplyHeader(number=message.number, blob=pb.Blob(byte_count=len(payload)))
+            header = pb.ReplyHeader(number=message.number, blob=pb.Blob(byte_count=len(message.data)))
         case Refusal():
-            refusal = pb.Refusal(code=message.code, message=message.message, next_action=message.next_action)
+            refusal = pb.Refusal(
+                code=message.code,
+                message=message.message,
+                next_action=message.next_action,
+                retry_after_ms=message.retry_after_ms,
+            )
             header = pb.ReplyHeader(number=message.number, refusal=refusal)
-    return Encoded(header=header.SerializeToString(), payload=payload)
+    return header.SerializeToString()
 
 
 def reply_byte_count(message: Reply) -> int:
     """Bytes of a reply's chunks together. Counted without making them where they are rows, which may be on a device."""
     if isinstance(message, Answer):
-        return _framed_bytes(_answer_header(message).ByteSize(), message.rows.nbytes)
+        return message_bytes(_answer_header(message).ByteSize(), message.rows.nbytes)
     return encode_reply(message).byte_count
 
 
@@ -207,13 +226,26 @@ def _wire_dtype(dtype: torch.dtype) -> pb.Dtype:
 
 _Message = TypeVar("_Message")
 
+Payload = bytearray | memoryview
+"""A payload that the reader owns, or one in memory that is shared with whoever sent it."""
+
+RowsReader = Callable[[Payload, torch.dtype, tuple[int, int]], torch.Tensor]
+"""Makes a tensor of a payload that has exactly its bytes."""
+
+
+def rows_in_place(data: Payload, dtype: torch.dtype, shape: tuple[int, int]) -> torch.Tensor:
+    """A tensor over the payload itself."""
+    return tensor_from_bytes(data, dtype=dtype, shape=shape)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pending(Generic[_Message]):
     """A message whose header was accepted and whose payload is still to come."""
 
     byte_count: int
-    finish: Callable[[bytearray], _Message]
+    finish: Callable[[Payload], _Message]
+    kept: bool = True
+    """Whether the payload is kept. That of a refused message is read past, and `finish` is given nothing."""
 
 
 HeaderReader = Callable[[bytes], Pending[_Message]]
@@ -223,6 +255,8 @@ HeaderReader = Callable[[bytes], Pending[_Message]]
 class Assembler(Generic[_Message]):
     """Puts chunks of one stream together. Holds at most one message, whose size its header reader has accepted.
 
+    A message that the reader does not want to keep is read past chunk by chunk, without a buffer for it.
+
     Args:
         read_header: `request_reader(...)` at the host, `reply_reader(...)` at the tenant.
     """
@@ -231,7 +265,7 @@ class Assembler(Generic[_Message]):
         self._read_header = read_header
         self._pending: Pending[_Message] | None = None
         self._buffer = bytearray()
-        self._filled_bytes = 0
+        self._seen_bytes = 0
 
     @property
     def idle(self) -> bool:
@@ -249,33 +283,60 @@ class Assembler(Generic[_Message]):
             if not header:
                 raise FrameError("a chunk continues a message that never began")  # rule 2
             self._pending = self._read_header(header)
-            self._buffer = bytearray(self._pending.byte_count)
-            self._filled_bytes = 0
+            self._buffer = bytearray(self._pending.byte_count if self._pending.kept else 0)
+            self._seen_bytes = 0
         elif header:
             raise FrameError("a message began before the last one ended")  # rule 2
-        end = self._filled_bytes + len(payload)
-        if end > len(self._buffer) or (end < len(self._buffer) and len(chunk) < MAX_CHUNK_BYTES):
-            raise FrameError(f"a message announced {len(self._buffer)} bytes and brings {end}")  # rule 5
-        self._buffer[self._filled_bytes : end] = payload
-        self._filled_bytes = end
-        if end < len(self._buffer):
+        pending, end = self._pending, self._seen_bytes + len(payload)
+        if end > pending.byte_count or (end < pending.byte_count and len(chunk) < MAX_CHUNK_BYTES):
+            raise FrameError(f"a message announced {pending.byte_count} bytes and brings {end}")  # rule 5
+        if pending.kept:
+            self._buffer[self._seen_bytes : end] = payload
+        self._seen_bytes = end
+        if end < pending.byte_count:
             return None
-        pending, buffer = self._pending, self._buffer
+        buffer = self._buffer
         self._pending, self._buffer = None, bytearray()
         return pending.finish(buffer)
 
 
+class Admit(Protocol):
+    """Reserves room for a call before its payload is read."""
+
+    def __call__(self, *, byte_count: int, rows: int) -> object:
+        """Reserve it.
+
+        Args:
+            byte_count: payload and answer together (bytes).
+            rows: rows of the call.
+
+        Raises:
+            OverloadedError: there is no room now; the call is refused, its payload read past, and the stream goes on.
+            ProtocolError: there never will be; the stream ends.
+        """
+        ...
+
+
 def request_reader(
-    *, expected_width: Callable[[tuple[int, ...], Direction], int], max_message_bytes: int
-) -> HeaderReader[Request]:
+    *,
+    expected_width: Callable[[tuple[int, ...], Direction], int],
+    max_message_bytes: int,
+    admit: Admit,
+    rows_of: RowsReader = rows_in_place,
+) -> HeaderReader[Request | Refusal]:
     """How the host reads headers.
 
     Args:
         expected_width: the row width that a group takes in a direction; raises for a group that is not there.
-        max_message_bytes: the longest payload (bytes).
+        max_message_bytes: the longest payload and the longest answer (bytes).
+        admit: makes room for a call, or refuses it.
+        rows_of: how a payload becomes rows.
+
+    Returns:
+        A reader whose messages are requests, and refusals of calls that were not admitted.
     """
 
-    def read(header: bytes) -> Pending[Request]:
+    def read(header: bytes) -> Pending[Request | Refusal]:
         parsed = _parse(pb.RequestHeader, header)
         kind = parsed.WhichOneof("kind")
         if kind == "hello":
@@ -283,31 +344,38 @@ def request_reader(
         if kind == "fetch":
             return _empty(_read_fetch(parsed.fetch))
         if kind == "call":
-            return _read_call(parsed.call, expected_width, max_message_bytes)
+            return _read_call(parsed.call, expected_width, max_message_bytes, admit, rows_of)
         raise FrameError("a request has no kind")
 
     return read
 
 
-def reply_reader(*, max_payload_bytes: Callable[[], int]) -> HeaderReader[Reply]:
+def reply_reader(*, max_payload_bytes: Callable[[], int], rows_of: RowsReader = rows_in_place) -> HeaderReader[Reply]:
     """How the tenant reads headers.
 
     Args:
         max_payload_bytes: what the outstanding request can be answered with at most (bytes).
+        rows_of: how a payload becomes rows.
     """
 
     def read(header: bytes) -> Pending[Reply]:
         parsed = _parse(pb.ReplyHeader, header)
         kind, number, limit = parsed.WhichOneof("kind"), parsed.number, max_payload_bytes()
         if kind == "answer":
-            return _read_answer(parsed.answer, number, limit)
+            return _read_answer(parsed.answer, number, limit, rows_of)
         if kind == "blob":
             count = _within(parsed.blob.byte_count, limit)
             return Pending(byte_count=count, finish=lambda data: Blob(number=number, data=bytes(data)))
         if kind == "refusal":
             refusal = parsed.refusal
             return _empty(
-                Refusal(number=number, code=refusal.code, message=refusal.message, next_action=refusal.next_action)
+                Refusal(
+                    number=number,
+                    code=refusal.code,
+                    message=refusal.message,
+                    next_action=refusal.next_action,
+                    retry_after_ms=refusal.retry_after_ms,
+                )
             )
         if kind == "welcome":
             return _empty(_read_welcome(parsed.welcome))
@@ -364,8 +432,12 @@ def _read_fetch(fetch: pb.Fetch) -> Fetch:
 
 
 def _read_call(
-    call: pb.Call, expected_width: Callable[[tuple[int, ...], Direction], int], max_message_bytes: int
-) -> Pending[Request]:
+    call: pb.Call,
+    expected_width: Callable[[tuple[int, ...], Direction], int],
+    max_message_bytes: int,
+    admit: Admit,
+    rows_of: RowsReader,
+) -> Pending[Request | Refusal]:
     direction = _DIRECTION_FROM_WIRE.get(call.direction)
     if direction is None:
         raise FrameError("a call has no direction")  # rule 3
@@ -376,28 +448,36 @@ def _read_call(
     if call.width != width:
         raise ShapeError(f"rows of width {call.width} do not fit layers that take {width}", "Send rows of that width")
     dtype, shape = _tensor_spec(call.dtype, call.rows, call.width, call.byte_count, max_message_bytes)
-
     segments = _read_segments(call)
+    # Rule 6. Rows that go out are as wide as those of the other direction that come in.
+    answer_bytes = _within(call.rows * expected_width(layers, direction.opposite) * dtype.itemsize, max_message_bytes)
+    try:
+        admit(byte_count=call.byte_count + answer_bytes, rows=call.rows)
+    except OverloadedError as error:
+        refusal = refusal_of(error, number=call.number)
+        return Pending(byte_count=call.byte_count, finish=lambda _: refusal, kept=False)
 
-    def finish(data: bytearray) -> Request:
-        rows = tensor_from_bytes(data, dtype=dtype, shape=shape)
+    def finish(data: Payload) -> Request:
+        rows = rows_of(data, dtype, shape)
         return Call(number=call.number, layers=layers, direction=direction, rows=rows, segments=segments)
 
     return Pending(byte_count=call.byte_count, finish=finish)
 
 
 def _read_segments(call: pb.Call) -> tuple[Segment, ...]:
+    if not call.segment_rows and not call.segment_matrices:
+        return ()
     if len(call.segment_matrices) != len(call.segment_rows) or len(call.segment_rows) > MAX_SEGMENTS:
         raise FrameError(f"a call has {len(call.segment_rows)} segments of {len(call.segment_matrices)} matrices")
     pairs = zip(call.segment_matrices, call.segment_rows, strict=True)
     return tuple(Segment(matrix=matrix, rows=rows) for matrix, rows in pairs)
 
 
-def _read_answer(answer: pb.Answer, number: int, limit: int) -> Pending[Reply]:
+def _read_answer(answer: pb.Answer, number: int, limit: int, rows_of: RowsReader) -> Pending[Reply]:
     dtype, shape = _tensor_spec(answer.dtype, answer.rows, answer.width, answer.byte_count, limit)
 
-    def finish(data: bytearray) -> Reply:
-        return Answer(number=number, rows=tensor_from_bytes(data, dtype=dtype, shape=shape))
+    def finish(data: Payload) -> Reply:
+        return Answer(number=number, rows=rows_of(data, dtype, shape))
 
     return Pending(byte_count=answer.byte_count, finish=finish)
 

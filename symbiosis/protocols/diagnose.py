@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import socket
 import ssl
-import tempfile
-from pathlib import Path
 
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from symbiosis.errors import CertificateError
 from symbiosis.protocols.identity import Credentials, expiry_of, issued_by, parse_certificate, serves_as, utc_now
+from symbiosis.protocols.tls import tenant_context
 
 _REASONS = (
     # (text in the alert or verification message, what was wrong, what to do)
@@ -50,17 +49,37 @@ def handshake_error(address: str, credentials: Credentials, *, timeout_s: float 
     host = host.strip("[]")
     try:
         with socket.create_connection((host, int(port)), timeout=timeout_s) as connection:
-            context = _context(credentials)
+            context = tenant_context(credentials)
+            context.set_alpn_protocols(["h2"])
             with context.wrap_socket(connection, server_hostname=host) as tls:
                 # In TLS 1.3 the server judges the client's certificate after the client believes to be connected.
                 # A welcome begins with HTTP/2 settings; a refusal with an alert or, from gRPC's servers, just ends.
                 if not tls.recv(1):
                     return _unwelcome(address, credentials)
     except ssl.SSLError as error:
-        return _named(address, error)
+        return refused_handshake(address, credentials, error)
     except (OSError, ValueError):
         return None
     return None
+
+
+def refused_handshake(address: str, credentials: Credentials, error: ssl.SSLError) -> CertificateError:
+    """The typed error for what `ssl` reports.
+
+    Args:
+        address: where the host was expected.
+        credentials: what the tenant showed.
+        error: what was raised in the handshake, or by the first read after it.
+    """
+    text = str(error).lower()
+    for needle, problem, action in _REASONS:
+        if needle in text:
+            return CertificateError(f"{problem} ({address})", action)
+    if "alert" in text:  # an alert is the host's word on what this side has shown
+        return _unwelcome(address, credentials)
+    return CertificateError(
+        f"the TLS handshake with {address} failed: {error.reason or error}", "Check both sides' certificates"
+    )
 
 
 def _unwelcome(address: str, credentials: Credentials) -> CertificateError:
@@ -74,26 +93,3 @@ def _unwelcome(address: str, credentials: Credentials) -> CertificateError:
     elif not serves_as(leaf, ExtendedKeyUsageOID.CLIENT_AUTH):
         problem = "the certificate shown is not one of a tenant"
     return CertificateError(f"{problem} ({address})", action)
-
-
-def _context(credentials: Credentials) -> ssl.SSLContext:
-    context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cadata=credentials.ca_pem.decode())
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.set_alpn_protocols(["h2"])
-    # `ssl` loads a client certificate from files only.
-    with tempfile.TemporaryDirectory() as folder:
-        chain = Path(folder) / "chain.pem"
-        chain.touch(mode=0o600)
-        chain.write_bytes(credentials.key_pem + credentials.certificate_pem)
-        context.load_cert_chain(chain)
-    return context
-
-
-def _named(address: str, error: ssl.SSLError) -> CertificateError:
-    text = str(error).lower()
-    for needle, problem, action in _REASONS:
-        if needle in text:
-            return CertificateError(f"{problem} ({address})", action)
-    return CertificateError(
-        f"the TLS handshake with {address} failed: {error.reason or error}", "Check both sides' certificates"
-    )

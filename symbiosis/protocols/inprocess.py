@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch.cuda import Stream
@@ -38,7 +39,8 @@ class InProcessTransport:
             raise HostUnavailableError("the base is closed", "Open it again with `local_base(...)`")
         try:
             _hand_over(request)
-            reply = self._handler.handle(self._tenant, request)
+            with self._admit(self._handler, request):
+                reply = self._handler.handle(self._tenant, request)
         except Exception as error:
             raise error_of(refusal_of(error, number=getattr(request, "number", 0))) from error
         if isinstance(reply, Refusal):
@@ -46,6 +48,14 @@ class InProcessTransport:
         _take_over(reply)
         self.received_bytes += reply_byte_count(reply)
         return reply
+
+    def _admit(self, handler: Handler, request: Request) -> AbstractContextManager[object]:
+        """Room for a call as on a wire, so that a tenant meets the same limits everywhere."""
+        if not isinstance(request, Call):
+            return nullcontext()
+        rows, width = request.rows.shape[0], handler.expected_width(request.layers, request.direction.opposite)
+        answer_bytes = rows * width * request.rows.element_size()
+        return handler.admit(self._tenant, byte_count=request.rows.nbytes + answer_bytes, rows=rows)
 
     def close(self) -> None:
         """Let go of the host."""

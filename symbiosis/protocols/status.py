@@ -5,11 +5,13 @@ The codes are looked up in the tree itself, so a new error class travels without
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from symbiosis.errors import HostFailureError, ProtocolError, SymbiosisError
+from symbiosis.errors import HostFailureError, OverloadedError, ProtocolError, SymbiosisError
 
 _MAX_TEXT_CHARS = 1000
+_MAX_RETRY_AFTER_MS = 2**32 - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +23,8 @@ class Refusal:
     code: str
     message: str
     next_action: str
+    retry_after_ms: int = 0
+    """Of an `OverloadedError`: when the same message may be sent again (milliseconds)."""
 
 
 def refusal_of(error: Exception, *, number: int) -> Refusal:
@@ -32,6 +36,7 @@ def refusal_of(error: Exception, *, number: int) -> Refusal:
         code=error.code,
         message=error.message[:_MAX_TEXT_CHARS],
         next_action=error.next_action[:_MAX_TEXT_CHARS],
+        retry_after_ms=_milliseconds(error.retry_after_s) if isinstance(error, OverloadedError) else 0,
     )
 
 
@@ -39,7 +44,10 @@ def error_of(refusal: Refusal) -> SymbiosisError:
     """The error that a refusal stands for. Control characters are dropped: the text came from another machine."""
     kind = error_classes().get(refusal.code, ProtocolError)
     message = _printable(refusal.message) or "the host refused without a reason"
-    return kind(f"the host refused: {message}", _printable(refusal.next_action))
+    error = kind(f"the host refused: {message}", _printable(refusal.next_action))
+    if isinstance(error, OverloadedError):
+        error.retry_after_s = refusal.retry_after_ms / 1000
+    return error
 
 
 def error_classes() -> dict[str, type[SymbiosisError]]:
@@ -51,6 +59,11 @@ def error_classes() -> dict[str, type[SymbiosisError]]:
         found[kind.code] = kind
         queue.extend(kind.__subclasses__())
     return found
+
+
+def _milliseconds(seconds: float) -> int:
+    """Rounded up: who comes back a moment too early is refused again."""
+    return min(math.ceil(1000 * max(0.0, seconds)), _MAX_RETRY_AFTER_MS)
 
 
 def _printable(text: str) -> str:

@@ -41,10 +41,12 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def tensor_from_bytes(data: bytearray | bytes, *, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+def tensor_from_bytes(
+    data: bytearray | bytes | memoryview, *, dtype: torch.dtype, shape: Sequence[int]
+) -> torch.Tensor:
     """A tensor over `data`, which must be exactly as long as `shape` and `dtype` say.
 
-    A `bytearray` is used in place; `bytes` are copied once, because a tensor may be written to.
+    A `bytearray` or a writable view is used in place; `bytes` are copied once, because a tensor may be written to.
 
     Raises:
         FrameError: the byte count is another one.
@@ -54,8 +56,8 @@ def tensor_from_bytes(data: bytearray | bytes, *, dtype: torch.dtype, shape: Seq
         raise FrameError(f"{len(data)} bytes cannot be a {dtype} tensor of shape {tuple(shape)}, which has {count}")
     if count == 0:
         return torch.empty(tuple(shape), dtype=dtype)
-    owned = data if isinstance(data, bytearray) else bytearray(data)
-    return torch.frombuffer(owned, dtype=dtype).reshape(tuple(shape))
+    owned = bytearray(data) if isinstance(data, bytes) else data
+    return torch.frombuffer(owned, dtype=dtype).view(tuple(shape))
 
 
 def byte_count(shape: Sequence[int], dtype: torch.dtype) -> int:

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import TracebackType
 from typing import Protocol
 
 import torch
 
 from symbiosis.protocols.codec import Encoded, Reply, Request
-from symbiosis.protocols.messages import Answer, Call, Direction
+from symbiosis.protocols.messages import Answer, Call, Direction, Fetch
 from symbiosis.protocols.status import Refusal
+
+
+class Ticket(Protocol):
+    """Room that the host has reserved. A context manager that gives it back."""
+
+    def release(self) -> None:
+        """Give the room back; a second time does nothing."""
+        ...
+
+    def __enter__(self) -> Ticket: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None: ...
 
 
 class Handler(Protocol):
@@ -43,6 +58,34 @@ class Handler(Protocol):
 
     def expected_width(self, layers: tuple[int, ...], direction: Direction) -> int:
         """Row width that a group takes in a direction; raises for a group that is not there."""
+        ...
+
+    def blob_bytes(self, fetch: Fetch) -> int:
+        """Memory that the blob for `fetch` takes (bytes); 0 for one that is not made for it."""
+        ...
+
+    def open_session(self, tenant: str) -> Ticket:
+        """Count one more session of `tenant`, until the ticket is released.
+
+        Raises:
+            OverloadedError: it has as many open as it may.
+        """
+        ...
+
+    def admit(self, tenant: str, *, byte_count: int, rows: int) -> Ticket:
+        """Reserve room for one message of `tenant` and for its answer, until the ticket is released.
+
+        Whoever carries messages asks before it makes a buffer for a payload, and releases the ticket when the answer
+        is no longer in the host's memory.
+
+        Args:
+            tenant: whose message it is.
+            byte_count: payload and answer together (bytes).
+            rows: rows of a call; 0 for a fetch.
+
+        Raises:
+            OverloadedError: there is no room now.
+        """
         ...
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import safetensors.torch
 import torch
 
 from symbiosis.errors import ConfigurationError, PolicyError, UnknownBaseError
-from symbiosis.protocols.facts import Facts
+from symbiosis.protocols.facts import Facts, facts_byte_count
 from symbiosis.protocols.manifest import (
     Layer,
     Manifest,
@@ -24,8 +25,8 @@ from symbiosis.protocols.manifest import (
     Storage,
     require_published,
 )
-from symbiosis.protocols.messages import WIRE_DTYPES, dtype_name
-from symbiosis.protocols.tensors import byte_count, tensor_digest
+from symbiosis.protocols.messages import WIRE_DTYPES, BlobKind, dtype_name
+from symbiosis.protocols.tensors import byte_count, stored_dtype, tensor_digest
 from symbiosis.server.norms import facts_of
 from symbiosis.server.placement import Devices, place, usable_devices
 from symbiosis.server.selection import hosted_parameters
@@ -90,6 +91,11 @@ class HostedBase:
         moved = (weight.to(usable[device]) for weight, device in zip(self.weights, chosen, strict=True))
         return replace(self, weights=tuple(moved))
 
+    @cached_property
+    def manifest_blob(self) -> bytes:
+        """The manifest as tenants read it."""
+        return self.manifest.to_json()
+
     def tensor_blob(self, name: str) -> bytes:
         """A published tensor, or a hosted weight where the policy allows it, as safetensors with one entry, `tensor`.
 
@@ -107,6 +113,20 @@ class HostedBase:
             require_published(self.manifest, name)
             tensor = self.weights[self.manifest.position(name)].dense()
         return bytes(safetensors.torch.save({"tensor": tensor.detach().contiguous().cpu()}))
+
+    def blob_bytes(self, kind: BlobKind, name: str) -> int:
+        """Memory that a blob takes while it is under way (bytes), within a header of some hundred.
+
+        The manifest and files are handed out as they are held, which takes none; nor does what is not there.
+        """
+        if kind is BlobKind.TENSOR and name in self.tensors:
+            return self.tensors[name].nbytes
+        layer = next((layer for layer in self.manifest.layers if layer.name == name), None)
+        if kind in {BlobKind.MANIFEST, BlobKind.FILE} or layer is None:
+            return 0
+        if kind is BlobKind.FACTS:
+            return facts_byte_count(layer)
+        return byte_count(layer.shape, stored_dtype(layer.dtype))
 
     def facts_blob(self, name: str) -> bytes:
         """Norms and scales of a hosted weight; no policy withholds them.
@@ -161,7 +181,7 @@ def host_model(
     remote = {full_name for full_name, _, _ in hosted}
     weights = [_weight(parameter, orientation, storage) for _, parameter, orientation in hosted]
     facts = [facts_of(entry[0], weight) for entry, weight in zip(hosted, weights, strict=True)]
-    tensors = _half(model, remote)
+    tensors = _half(model, remote, copy=own)
     published = dict(_model_files(model) | dict(files or {}))
     base = HostedBase(
         manifest=Manifest(
@@ -272,11 +292,14 @@ def _folder(path: str, revision: str | None) -> Path:
         ) from error
 
 
-def _half(model: PreTrainedModel, remote: set[str]) -> dict[str, torch.Tensor]:
-    """The tenant's half: every persistent tensor that is not hosted, tied ones once."""
+def _half(model: PreTrainedModel, remote: set[str], *, copy: bool) -> dict[str, torch.Tensor]:
+    """The tenant's half: every persistent tensor that is not hosted, tied ones once.
+
+    Copied, it does not keep the whole file of weights mapped of which it was a part.
+    """
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     return {
-        name: tensor.detach()
+        name: tensor.detach().clone() if copy else tensor.detach()
         for name, tensor in model.state_dict().items()
         if name not in remote and name not in tied and isinstance(tensor, torch.Tensor)
     }

@@ -22,6 +22,7 @@ from symbiosis.protocols.messages import Call, Segment, cut_segments
 from symbiosis.server.batching import BatchConfig, BatchKey, Decision, Waiting, decide, is_interactive
 from symbiosis.server.fairness import FairnessConfig, Service
 from symbiosis.server.linear import answer_width, multiply
+from symbiosis.server.metrics import Metrics
 from symbiosis.server.pace import Pace
 from symbiosis.server.rate import Rate
 from symbiosis.server.weight import Weight
@@ -73,6 +74,8 @@ class _Job:
     """Rows that batches have taken, from the first on."""
     computed: int = 0
     """As many of them as are not in a batch any more."""
+    computing_s: float = 0.0
+    """Time of the batches that took some of its rows, added up."""
     failure: Exception | None = None
     """Why the call has no answer."""
 
@@ -117,11 +120,19 @@ class Executor:
     Args:
         config: workers, and the bounds of a batch.
         clock: seconds, monotonic.
+        metrics: told of every batch and every answer.
     """
 
-    def __init__(self, config: ExecutorConfig | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        config: ExecutorConfig | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        metrics: Metrics | None = None,
+    ) -> None:
         self._config = config or ExecutorConfig()
         self._clock = clock
+        self._metrics = metrics or Metrics()
         self._waiting: list[_Job] = []
         self._service = Service(self._config.fairness)
         self._pace = Pace()
@@ -135,6 +146,11 @@ class Executor:
         self.batches = 0
         self.calls = 0
         """Calls, counted once for every batch that took some of their rows."""
+
+    @property
+    def waiting_calls(self) -> int:
+        """Calls of which some rows are in no batch yet."""
+        return len(self._waiting)
 
     def start(self) -> Executor:
         """Start the workers."""
@@ -229,6 +245,7 @@ class Executor:
                 job.answered(job.failure or _place(job))
             except Exception:
                 _log.exception("an answer could not be handed over")
+            self._report(job)
         return True
 
     def _take(self) -> _Batch | None:
@@ -284,6 +301,8 @@ class Executor:
         """Count a batch; the calls that ended with it."""
         now_s = self._clock()
         ended = []
+        rows = sum(part.rows for part in batch.parts)
+        self._metrics.batch_computed(calls=len(batch.parts), rows=rows, compute_s=now_s - started_s)
         with self._wake:
             self.batches += 1
             self.calls += len(batch.parts)
@@ -291,11 +310,11 @@ class Executor:
                 self._bulk_running -= 1
                 self._bulk_ended_s = now_s
             if failure is None:
-                rows = sum(part.rows for part in batch.parts)
                 self._rate.measured(rows=rows, macs_per_row=batch.parts[0].job.macs_per_row, seconds=now_s - started_s)
             for part in batch.parts:  # a batch takes rows of a call once
                 job = part.job
                 job.computed += part.rows
+                job.computing_s += now_s - started_s
                 job.failure = job.failure or failure
                 if job.failure is not None and job in self._waiting:  # the rest would be of no use
                     self._waiting.remove(job)
@@ -305,6 +324,18 @@ class Executor:
                     interactive = is_interactive(job.rows.shape[0], self._config.batching)
                     self._pace.answered(job.tenant, job.key, interactive=interactive, now_s=now_s)
         return ended
+
+    def _report(self, job: _Job) -> None:
+        if job.failure is None:
+            self._metrics.call_answered(
+                tenant=job.tenant,
+                layers=job.key.layers,
+                direction=job.key.direction,
+                interactive=is_interactive(job.rows.shape[0], self._config.batching),
+                rows=job.rows.shape[0],
+                queue_s=max(0.0, self._clock() - job.arrived_s - job.computing_s),
+                compute_s=job.computing_s,
+            )
 
 
 @torch.no_grad()

@@ -12,13 +12,16 @@ from types import TracebackType
 import torch
 
 from symbiosis import __version__
-from symbiosis.errors import ShapeError, SymbiosisError, VersionError
+from symbiosis.errors import ShapeError, VersionError
 from symbiosis.protocols.codec import Reply, Request
-from symbiosis.protocols.limits import MAX_MESSAGE_BYTES, PROTOCOL_VERSION
+from symbiosis.protocols.limits import PROTOCOL_VERSION
 from symbiosis.protocols.messages import Answer, Blob, BlobKind, Call, Direction, Fetch, Hello, Welcome, check_rows
-from symbiosis.protocols.status import Refusal, refusal_of
+from symbiosis.protocols.status import Refusal
+from symbiosis.server.admission import Admission, AdmissionConfig, Ticket
+from symbiosis.server.answering import refuse
 from symbiosis.server.base import HostedBase
 from symbiosis.server.executor import Executor, ExecutorConfig
+from symbiosis.server.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 
@@ -29,11 +32,30 @@ class Host:
     Args:
         base: what to serve.
         executor: how many compute, and by what rules.
+        admission: what tenants may have under way.
+        metrics: told what the host does.
     """
 
-    def __init__(self, base: HostedBase, *, executor: ExecutorConfig | None = None) -> None:
+    def __init__(
+        self,
+        base: HostedBase,
+        *,
+        executor: ExecutorConfig | None = None,
+        admission: AdmissionConfig | None = None,
+        metrics: Metrics | None = None,
+    ) -> None:
         self.base = base
-        self._executor = Executor(executor).start()
+        self.metrics = metrics or Metrics()
+        """For the services, too, which tell it what a host does not see."""
+        self._admission = Admission(
+            admission, changed=lambda tenant, delta: self.metrics.in_flight(tenant=tenant, delta_bytes=delta)
+        )
+        self._executor = Executor(executor, metrics=self.metrics).start()
+        self.metrics.hosts(
+            layers=len(base.manifest.layers),
+            weights_bytes=lambda: sum(weight.byte_count for weight in base.weights),
+            waiting_calls=lambda: self._executor.waiting_calls,
+        )
         self._rows: Counter[str] = Counter()
         self._lock = threading.Lock()
 
@@ -61,7 +83,7 @@ class Host:
 
         def answered(answer: torch.Tensor | Exception) -> None:
             if isinstance(answer, Exception):
-                done(refusal_of(answer, number=call.number))
+                done(refuse(tenant, answer, number=call.number))
                 return
             with self._lock:
                 self._rows[tenant] += call.rows.shape[0]
@@ -75,12 +97,36 @@ class Host:
                 raise ShapeError(f"a place of shape {tuple(out.shape)} and {out.dtype} is not that of the answer")
             self.base.manifest.check_segments(call.layers, call.segments, rows=call.rows.shape[0])
             self._executor.submit(tenant, call, self.base.group(call.layers), answered, out=out)
-        except SymbiosisError as error:
-            done(refusal_of(error, number=call.number))
+        except Exception as error:
+            done(refuse(tenant, error, number=call.number))
 
     def expected_width(self, layers: tuple[int, ...], direction: Direction) -> int:
         """See `protocols.transport.Handler`."""
         return self.base.manifest.widths(layers, direction)[0]
+
+    def blob_bytes(self, fetch: Fetch) -> int:
+        """See `protocols.transport.Handler`."""
+        return self.base.blob_bytes(fetch.kind, fetch.name)
+
+    def open_session(self, tenant: str) -> Ticket:
+        """See `protocols.transport.Handler`."""
+        place = self._admission.open_session(tenant)
+        self.metrics.session_opened(tenant=tenant)
+
+        def leave() -> None:
+            place.release()
+            self.metrics.session_closed(tenant=tenant)
+
+        return Ticket(leave)
+
+    def admit(self, tenant: str, *, byte_count: int, rows: int) -> Ticket:
+        """See `protocols.transport.Handler`."""
+        return self._admission.reserve(tenant, byte_count=byte_count, rows=rows)
+
+    @property
+    def in_flight_bytes(self) -> int:
+        """Payloads and answers of all tenants that are under way now (bytes)."""
+        return self._admission.total_bytes
 
     @property
     def rows_by_tenant(self) -> dict[str, int]:
@@ -116,12 +162,12 @@ class Host:
             release=__version__,
             tenant=tenant,
             manifest_digest=self.base.manifest.digest,
-            max_message_bytes=MAX_MESSAGE_BYTES,
+            max_message_bytes=self._admission.max_message_bytes,
         )
 
     def _blob(self, fetch: Fetch) -> bytes:
         if fetch.kind is BlobKind.MANIFEST:
-            return self.base.manifest.to_json()
+            return self.base.manifest_blob
         if fetch.kind is BlobKind.FILE:
             return self.base.file_blob(fetch.name)
         if fetch.kind is BlobKind.FACTS:

@@ -9,29 +9,31 @@ A stream is served by these rules, numbered where they are enforced:
 4. A refused message is answered with a `Refusal` and the stream goes on; a stream whose chunks cannot be put together
    (`FrameError` and its like, which leave no way to find the next message) is ended after the refusal.
 5. No error text of the host's own accidents reaches a tenant.
+6. A stream that stands still in the middle of a message, because the tenant sends no more or takes no more, is ended.
+   One tenant has so many sessions and not more, and what it has under way is bounded (`admission`).
+
+Rules 3 to 5 are enforced in `stream` and in `answering`.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from types import TracebackType
 
 import grpc
 
-from symbiosis.errors import CertificateError, ConfigurationError, ProtocolError, SymbiosisError
-from symbiosis.protocols.codec import Assembler, Reply, Request, encode_reply, request_reader
+from symbiosis.errors import CertificateError, ConfigurationError, OverloadedError
+from symbiosis.protocols.codec import encode_reply
 from symbiosis.protocols.grpc_client import CHANNEL_OPTIONS
-from symbiosis.protocols.identity import Credentials, expiry_of, tenant_of
-from symbiosis.protocols.limits import MAX_MESSAGE_BYTES
-from symbiosis.protocols.messages import Call, Fetch, Hello, Welcome
+from symbiosis.protocols.identity import Credentials
 from symbiosis.protocols.status import refusal_of
 from symbiosis.protocols.transport import Handler
-
-_log = logging.getLogger(__name__)
+from symbiosis.server.answering import Peer, peer_of
+from symbiosis.server.metrics import Metrics
+from symbiosis.server.stalls import Stalls
+from symbiosis.server.stream import Stream
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +44,12 @@ class ServiceConfig:
     """`host:port`; port 0 lets the system choose one."""
     max_streams: int = 128
     """Sessions open at once; one more is refused with a typed status. A waiting stream costs a thread, no work."""
+    stall_s: float = 30.0
+    """How long a tenant may take to send the next chunk of a message, or to take the next one of an answer (seconds).
+    Between messages it may take as long as it likes."""
+    window_bytes: int = 2 << 20
+    """What gRPC takes in of a stream before the host reads it (bytes): with the sessions that a tenant may have, the
+    bound of what waits unread. A stream uploads at most this in one round trip, 40 MB/s at 50 ms."""
 
     def __post_init__(self) -> None:
         _, _, port = self.address.rpartition(":")
@@ -51,6 +59,10 @@ class ServiceConfig:
             raise ConfigurationError(message, "Write it as host:port, for example 127.0.0.1:8443")
         if self.max_streams < 1:
             raise ConfigurationError("a host needs at least one stream", "Raise max_streams")
+        if self.window_bytes < 1:
+            raise ConfigurationError("a stream needs a window", "Set window_bytes to a mebibyte or more")
+        if not self.stall_s > 0:
+            raise ConfigurationError("a tenant needs time to send a chunk", "Set stall_s above 0")
 
     @property
     def host(self) -> str:
@@ -65,15 +77,31 @@ class Service:
         handler: the host.
         credentials: the host's key and certificate, and the authority that signs tenants.
         config: address and bounds.
+        metrics: told what the handler does not see.
 
     Raises:
         ConfigurationError: the address cannot be listened on.
     """
 
-    def __init__(self, handler: Handler, credentials: Credentials, config: ServiceConfig | None = None) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        credentials: Credentials,
+        config: ServiceConfig | None = None,
+        *,
+        metrics: Metrics | None = None,
+    ) -> None:
         config = config or ServiceConfig()
         self._handler = handler
-        options = (*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0), ("grpc.http2.min_ping_interval_without_data_ms", 10_000))
+        self._metrics = metrics or Metrics()
+        options = (
+            *CHANNEL_OPTIONS,
+            ("grpc.so_reuseport", 0),
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+            # Without a fixed window gRPC widens it to what the path can carry, which on a fast one is a whole message.
+            ("grpc.http2.bdp_probe", 0),
+            ("grpc.http2.lookahead_bytes", config.window_bytes),
+        )
         self._server = grpc.server(
             ThreadPoolExecutor(max_workers=config.max_streams, thread_name_prefix="symbiosis-stream"),
             options=options,
@@ -84,6 +112,7 @@ class Service:
             (grpc.method_handlers_generic_handler("symbiosis.v1.Host", {"Exchange": method}),)
         )
         self.address = self._listen(config.address, credentials)
+        self._stalls = Stalls(config.stall_s)
         self._server.start()
 
     def wait(self) -> None:
@@ -93,6 +122,7 @@ class Service:
     def close(self, *, grace_s: float = 1.0) -> None:
         """Take no new streams, let open ones finish for `grace_s` seconds, then end them."""
         self._server.stop(grace_s).wait()
+        self._stalls.close()
 
     def __enter__(self) -> Service:
         return self
@@ -117,45 +147,26 @@ class Service:
             peer = _authenticate(context)
         except CertificateError as error:
             context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
-        reader = request_reader(expected_width=self._handler.expected_width, max_message_bytes=MAX_MESSAGE_BYTES)
-        assembler: Assembler[Request] = Assembler(reader)
-        greeted = False
-        for chunk in chunks:
-            try:
-                request = assembler.feed(chunk)
-            except ProtocolError as error:
-                _log.warning("tenant %s sent a chunk that cannot be read: %s", peer.tenant, error.code)
-                yield from encode_reply(refusal_of(error, number=0)).chunks()
-                return  # rule 4
-            if request is None:
-                continue
-            if peer.expires <= datetime.now(UTC):
-                context.abort(grpc.StatusCode.UNAUTHENTICATED, "the certificate has expired")  # rule 2
-            reply = self._reply(peer.tenant, request, greeted=greeted)
-            greeted = greeted or isinstance(reply, Welcome)
-            yield from encode_reply(reply).chunks()
-
-    def _reply(self, tenant: str, request: Request, *, greeted: bool) -> Reply:
-        number = request.number if isinstance(request, Call | Fetch) else 0
         try:
-            if not greeted and not isinstance(request, Hello):
-                raise ProtocolError("a stream begins with a hello", "Send it first")  # rule 3
-            return self._handler.handle(tenant, request)
-        except SymbiosisError as error:
-            _log.warning("refused a message of tenant %s: %s", tenant, error.code)
-            return refusal_of(error, number=number)
-        except Exception as error:
-            _log.exception("failed to answer a message of tenant %s", tenant)
-            return refusal_of(error, number=number)  # rule 5
+            place = self._handler.open_session(peer.tenant)
+        except OverloadedError as error:
+            self._metrics.refused(tenant=peer.tenant, code=error.code)
+            yield from encode_reply(refusal_of(error, number=0)).chunks()
+            return  # rule 6
+        with (
+            place,
+            self._stalls.watch(context.cancel) as stopwatch,
+            Stream(self._handler, peer.tenant, stopwatch, self._metrics) as stream,
+        ):
+            for chunk in chunks:
+                if peer.expired:
+                    context.abort(grpc.StatusCode.UNAUTHENTICATED, "the certificate has expired")  # rule 2
+                yield from stream.feed(chunk)
+                if stream.ended:
+                    return  # rule 4
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Peer:
-    tenant: str
-    expires: datetime
-
-
-def _authenticate(context: grpc.ServicerContext) -> _Peer:
+def _authenticate(context: grpc.ServicerContext) -> Peer:
     """Who is at the other end, by rules 1 and 2.
 
     Raises:
@@ -165,7 +176,4 @@ def _authenticate(context: grpc.ServicerContext) -> _Peer:
     versions = [bytes(value).decode(errors="replace") for value in auth.get("ssl_tls_version", ())]
     if versions != ["TLSv1.3"]:
         raise CertificateError(f"the stream uses {versions[0] if versions else 'no TLS'}, not TLS 1.3", "Update TLS")
-    certificate = b"".join(auth.get("x509_pem_cert", ()))
-    if not certificate:
-        raise CertificateError("the stream shows no certificate", "Enrol at this host")
-    return _Peer(tenant=tenant_of(certificate), expires=expiry_of(certificate))
+    return peer_of(b"".join(auth.get("x509_pem_cert", ())))

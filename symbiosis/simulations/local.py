@@ -23,6 +23,7 @@ from symbiosis.protocols.inprocess import InProcessTransport
 from symbiosis.protocols.manifest import Publish, Storage
 from symbiosis.protocols.messages import wire_dtype_of
 from symbiosis.protocols.transcript import TranscriptWriter
+from symbiosis.server.admission import AdmissionConfig
 from symbiosis.server.base import HostedBase, host_model, load_base
 from symbiosis.server.host import Host
 from symbiosis.server.placement import Devices, usable_devices
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
 
 LOCAL_TENANT = "local"
 """Name of the tenant that `local_base` makes."""
+_ALL = AdmissionConfig()
+_ONE_TENANT = AdmissionConfig(
+    max_tenant_bytes=_ALL.max_total_bytes, max_tenant_rows=8 * _ALL.max_tenant_rows, max_tenant_sessions=128
+)
+"""Whoever uses a local base is that one tenant, from however many processes: it may have what a host gives to all."""
 
 
 def local_base(
@@ -54,8 +60,8 @@ def local_base(
     Args:
         model_or_path: a `transformers` model in memory (which is not changed), a directory, a hub id, or `"builtin"`
             for the small base that comes with this package.
-        transport: `"inprocess"`, or `"grpc"` for mutual TLS over loopback; then other processes on this machine may
-            `connect(base.address, identity=base.identity)` too.
+        transport: `"inprocess"`, `"shm"` for shared memory, or `"grpc"` for mutual TLS over loopback; with the last two
+            other processes on this machine may `connect(base.address, identity=base.identity)` too.
         privacy: as `connect`.
         record: as `connect`.
         ledger: file to continue or begin; by default one that is removed when the base is closed.
@@ -70,18 +76,18 @@ def local_base(
     Raises:
         ConfigurationError: the base cannot be hosted, or an argument cannot be used.
     """
-    if transport not in {"inprocess", "grpc"}:
-        raise UnsupportedError(f"there is no transport {transport!r} in this version", "Use 'inprocess' or 'grpc'")
+    if transport not in {"inprocess", "shm", "grpc"}:
+        message = f"there is no transport {transport!r} in this version"
+        raise UnsupportedError(message, "Use 'inprocess', 'shm' or 'grpc'")
     mechanism, choice, usable = resolve_mechanism(privacy), experts_of(experts), usable_devices(devices)
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="symbiosis-local-")))
         hosted = _hosted(model_or_path, dtype, publish=Publish(publish), storage=Storage(weights), devices=usable)
-        host = stack.enter_context(Host(hosted))
+        host = stack.enter_context(Host(hosted, admission=_ONE_TENANT))
         ledger_path = Path(ledger) if ledger is not None else scratch / "ledger.jsonl"
-        if transport == "grpc":
-            address = _serve(host, scratch, stack)
+        if transport != "inprocess":
             base = connect(
-                address,
+                _serve(host, transport, scratch, stack),
                 identity=scratch / "identity",
                 privacy=mechanism,
                 record=record,
@@ -123,15 +129,18 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _serve(host: Host, scratch: Path, stack: contextlib.ExitStack) -> str:
-    """Put the host on loopback under an authority of its own; the address."""
-    from symbiosis.server.service import Service  # noqa: PLC0415 - loads gRPC
-
+def _serve(host: Host, transport: str, scratch: Path, stack: contextlib.ExitStack) -> str:
+    """Let other processes on this machine reach the host, under an authority of its own; the address."""
     authority = Authority.create(common_name="symbiosis local", lifetime=timedelta(days=365))
     identity = scratch / "identity"
     request = create_request(identity, LOCAL_TENANT)
     certificate = authority.sign_tenant(request, lifetime=timedelta(days=365), expected_name=LOCAL_TENANT)
     install_certificate(identity, certificate_pem=certificate, ca_pem=authority.certificate_pem)
-    service = Service(host, authority.issue_host(["127.0.0.1"], lifetime=timedelta(days=365)))
-    stack.callback(service.close)
-    return service.address
+    credentials = authority.issue_host(["127.0.0.1"], lifetime=timedelta(days=365))
+    if transport == "shm":
+        from symbiosis.server.shm_service import ShmConfig, ShmService  # noqa: PLC0415 - Linux only
+
+        return stack.enter_context(ShmService(host, credentials, ShmConfig(path=scratch / "shm" / "host"))).address
+    from symbiosis.server.service import Service  # noqa: PLC0415 - loads gRPC
+
+    return stack.enter_context(Service(host, credentials)).address

@@ -13,8 +13,9 @@ import torch
 from conftest import OpenBase
 from examine import examine, logits, quiet, train
 from methods import METHODS, Method, Verdict
-from oracles import relative_error
+from oracles import relative_error, worst_error
 from peft import PeftType, XLoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from symbiosis.errors import SymbiosisError
@@ -84,19 +85,30 @@ def test_merging_is_refused_or_right(method: Method, name: str, open_base: OpenB
 
 
 def test_a_mixture_of_saved_adapters(open_base: OpenBase, tmp_path: Path) -> None:
-    """X-LoRA has no row: what PEFT saves of it is empty. It trains as it does locally."""
+    """X-LoRA has no row: PEFT saves the base's numbers in its stead. It trains as it does locally."""
     lora = METHODS[0]
     for number in range(2):
         lora.apply(lora.build(), seed=number).save_pretrained(tmp_path / str(number))
-    losses = []
+    losses, mixtures = [], []
     for model in (lora.build(), open_base(lora.build()).load(AutoModelForCausalLM)):
         model.config.use_cache = False
         adapters = {str(number): str(tmp_path / str(number)) for number in range(2)}
         config = XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, xlora_depth=1, adapters=adapters)
         torch.manual_seed(3)
         with quiet():
-            losses.append(train(lora, get_peft_model(model, config))[0])
+            mixtures.append(get_peft_model(model, config))
+            losses.append(train(lora, mixtures[-1])[0])
     assert relative_error(*losses) < TOLERANCE
+    local, split = mixtures
+    local.save_pretrained(tmp_path / "local")
+    assert not load_file(tmp_path / "local" / "adapter_model.safetensors")
+    assert any("k_proj.weight" in name for name in load_file(tmp_path / "local" / "0" / "adapter_model.safetensors"))
+    with pytest.raises(SymbiosisError, match="cannot be saved"):
+        split.save_pretrained(tmp_path / "split")
+    # What it has trained is the tenant's, and can be kept.
+    kept, truth = (model.base_model.internal_xlora_classifier.state_dict() for model in (split, local))
+    save_file(kept, tmp_path / "classifier.safetensors")
+    assert worst_error(load_file(tmp_path / "classifier.safetensors"), truth) < TOLERANCE
 
 
 def test_the_result_file_is_the_table() -> None:

@@ -141,11 +141,13 @@ class Blob(_message.Message):
     def __init__(self, byte_count: _Optional[int] = ...) -> None: ...
 
 class Refusal(_message.Message):
-    __slots__ = ("code", "message", "next_action")
+    __slots__ = ("code", "message", "next_action", "retry_after_ms")
     CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     NEXT_ACTION_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
     code: str
     message: str
     next_action: str
-    def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., next_action: _Optional[str] = ...) -> None: ...
+    retry_after_ms: int
+    def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., next_action: _Optional[str] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,70 @@
+"""Coming back to a host that has no room: how long to wait, and when to give up. Pure but for the wait itself."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from symbiosis.errors import ConfigurationError, HostUnavailableError, OverloadedError
+
+_LEAST_WAIT_S = 0.01
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RetryConfig:
+    """How patient a session is."""
+
+    total_s: float = 120.0
+    """How long one message may be refused for want of room before the user is told (seconds); 0 tells at once."""
+    jitter: float = 0.5
+    """Each wait is longer by a random part of it, at most this, so that tenants refused together come back apart."""
+
+    def __post_init__(self) -> None:
+        if self.total_s < 0 or self.jitter < 0:
+            raise ConfigurationError("patience and jitter cannot be negative", "Set total_s and jitter to 0 or more")
+
+
+class Patience:
+    """A session's waiting. `stop` ends a wait that is under way, from any thread, and every later one.
+
+    Args:
+        config: how patient.
+        clock: seconds that never go back.
+        draw: random numbers from 0 to 1; nothing secret depends on them.
+    """
+
+    def __init__(
+        self,
+        config: RetryConfig | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        self._config = config or RetryConfig()
+        self._clock = clock
+        self._draw = draw
+        self._stopped = threading.Event()
+
+    def deadline_s(self) -> float:
+        """When a message that is sent now is given up."""
+        return self._clock() + self._config.total_s
+
+    def wait(self, error: OverloadedError, deadline_s: float) -> None:
+        """Wait as long as the host asked for.
+
+        Raises:
+            OverloadedError: the wait would end after `deadline_s`: `error` itself.
+            HostUnavailableError: the session was closed meanwhile.
+        """
+        wait_s = max(error.retry_after_s, _LEAST_WAIT_S) * (1 + self._config.jitter * self._draw())
+        if self._clock() + wait_s > deadline_s:
+            raise error
+        if self._stopped.wait(wait_s):
+            raise HostUnavailableError("the session was closed while it waited for the host", "Connect again")
+
+    def stop(self) -> None:
+        """End the wait that is under way, if any."""
+        self._stopped.set()

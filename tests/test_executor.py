@@ -275,7 +275,7 @@ def test_what_waits_for_the_same_is_one_product(base: HostedBase, open_host: Cal
     with blocked(host) as release:
         calls = [
             Call(
-                number=n, layers=(0, 1), direction=Direction.FORWARD, rows=torch.randn(generator.randint(1, 30), WIDTH)
+                number=n, layers=(0, 1), direction=Direction.FORWARD, rows=torch.randn(generator.randint(9, 30), WIDTH)
             )
             for n in range(6)
         ]

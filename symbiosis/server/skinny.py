@@ -130,7 +130,10 @@ def _compiled(dtype: torch.dtype) -> Callable[[Any, Any, Any], None]:
                     y_MO[rows - 1, o + 2] += s02
                     y_MO[rows - 1, o + 3] += s03
 
-    compiled: Callable[[Any, Any, Any], None] = numba.njit(**options)(kernel)
+    # One signature for any place, contiguous or not: else each kind of place would be compiled when it first comes.
+    stored = {torch.float32: numba.float32, torch.bfloat16: numba.uint16, torch.int8: numba.int8}[dtype]
+    signature = numba.void(numba.float32[:, ::1], stored[:, ::1], numba.float32[:, :])
+    compiled: Callable[[Any, Any, Any], None] = numba.njit(signature, **options)(kernel)
     return compiled
 
 

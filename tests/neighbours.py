@@ -50,9 +50,18 @@ def quickly() -> Iterator[None]:
 
 
 def empty(service: ShmService) -> bool:
-    """Whether every session ends soon; waits for it."""
+    """Whether every session ends soon; waits for it, and for the thread of the bells to be done with the last one."""
     with service._changed:
-        return service._changed.wait_for(lambda: not service._channels, ANSWER_S)
+        ended = service._changed.wait_for(lambda: not service._channels, ANSWER_S)
+    reading, writing = os.pipe()
+    idle = threading.Event()
+    service._bells.add(reading, idle.set)
+    os.write(writing, RING)
+    idle.wait(ANSWER_S)
+    service._bells.remove(reading)
+    os.close(reading)
+    os.close(writing)
+    return ended
 
 
 def mapped() -> int:

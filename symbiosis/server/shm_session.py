@@ -104,16 +104,17 @@ class ShmSession:
 
     def end(self) -> None:
         """End the session and let go of its memory, which lives on only as long as a call in it is being computed."""
+        self._let_go()
+        self._channel.hang_up()
+
+    def _let_go(self) -> None:
         with self._lock:
-            if self._ended:
-                return
-            self._ended = True
             line, self._line = self._line, None
+            self._ended = True
             if line is not None:
                 self._bells.remove(line.own_bell)
                 os.close(line.own_bell)
                 os.close(line.tenant_bell)
-        self._channel.hang_up()
 
     # --- the control channel, on the session's own thread
 
@@ -184,21 +185,25 @@ class ShmSession:
     # --- calls, on the thread of the bells
 
     def _answer_bell(self) -> None:
+        # A frame of its own: when it is left, nothing of this thread holds the memory that `end` lets go.
+        if not self._take_next():
+            self.end()
+
+    def _take_next(self) -> bool:
+        """Take the call that the bell announces; whether the session goes on."""
         try:
             with self._lock:
                 line = self._line
                 header = self._take_header(line) if line is not None else None
-            if header is not None and line is not None:
-                self._take_call(header, line)
+            return header is None or line is None or self._take_call(header, line)
         except ProtocolError as error:
             _log.warning("tenant %s sent what cannot be read: %s", self._peer.tenant, error.code)
-            self._refuse(refusal_of(error, number=0))
-            self.end()  # rule 4
+            self._refuse(refusal_of(error, number=0))  # rule 4
         except ConnectionError:
-            self.end()
+            pass
         except Exception:  # an accident of the host's own; the tenant must not wait for an answer
             _log.exception("failed to take a call of tenant %s", self._peer.tenant)
-            self.end()
+        return False
 
     def _take_header(self, line: _Line) -> bytes | None:
         """The header of the request that the bell announces; `None` if it did not ring."""
@@ -214,16 +219,16 @@ class ShmSession:
         self._busy = True
         return header
 
-    def _take_call(self, header: bytes, line: _Line) -> None:
+    def _take_call(self, header: bytes, line: _Line) -> bool:
         if self._peer.expired:
             self._send(reply_header(EXPIRED))
-            self.end()  # rule 2
-            return
+            return False  # rule 2
         call = line.calls.read(header)
         if call.rows.nbytes > INLINE_BYTES:
             self._workers.submit(self._submit, call, line)
         else:
             self._submit(call, line)
+        return True
 
     def _submit(self, call: Call, line: _Line) -> None:
         try:

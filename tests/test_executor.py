@@ -425,12 +425,13 @@ def test_a_waiting_worker_holds_nothing_of_a_failure(base: HostedBase, caplog: p
     assert isinstance(failures[0], Exception)
 
 
-def test_a_number_of_threads_is_the_workers_own() -> None:
+def test_a_number_of_threads_is_the_processs_until_the_end() -> None:
     before = torch.get_num_threads()
     seen: list[int] = []
     with Executor(ExecutorConfig(workers=2, threads=before + 1)):
         newcomer = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
         newcomer.start()
         newcomer.join()
-        assert torch.get_num_threads() == before
-    assert seen == [before]
+        assert torch.get_num_threads() == before + 1
+    assert seen == [before + 1]
+    assert torch.get_num_threads() == before

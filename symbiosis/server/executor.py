@@ -43,7 +43,8 @@ class ExecutorConfig:
     workers: int = 1
     """Batches that are computed at once."""
     threads: int | None = None
-    """Threads of one product; `None` leaves PyTorch's own number (products of few rows take all cores)."""
+    """Threads of one product, set for the whole process until the executor is closed: PyTorch's libraries keep no
+    number per thread. `None` leaves PyTorch's own (products of few rows take all cores)."""
     batching: BatchConfig = field(default_factory=BatchConfig)
     fairness: FairnessConfig = field(default_factory=FairnessConfig)
 
@@ -143,6 +144,7 @@ class Executor:
         self._bulk_running = 0
         self._bulk_ended_s = float("-inf")
         self._workers: list[threading.Thread] = []
+        self._threads_before: int | None = None
         self.batches = 0
         self.calls = 0
         """Calls, counted once for every batch that took some of their rows."""
@@ -154,15 +156,15 @@ class Executor:
 
     def start(self) -> Executor:
         """Start the workers."""
-        ready = threading.Barrier(self._config.workers + 1)
+        if self._config.threads is not None:
+            # MKL has one number for the whole process, whichever thread sets it; OpenMP one for each thread, which it
+            # takes from here when it begins.
+            self._threads_before = torch.get_num_threads()
+            torch.set_num_threads(self._config.threads)
         for number in range(self._config.workers):
-            worker = threading.Thread(target=self._run, args=(ready,), name=f"symbiosis-executor-{number}", daemon=True)
+            worker = threading.Thread(target=self._run, name=f"symbiosis-executor-{number}", daemon=True)
             self._workers.append(worker)
             worker.start()
-        ready.wait()
-        if self._config.threads is not None:
-            # A thread that is new to PyTorch takes the number that was set last, by whom ever: let it be ours again.
-            torch.set_num_threads(torch.get_num_threads())
         return self
 
     def submit(
@@ -213,6 +215,9 @@ class Executor:
             self._wake.notify_all()
         for worker in self._workers:
             worker.join()
+        if self._threads_before is not None:
+            torch.set_num_threads(self._threads_before)
+            self._threads_before = None
 
     def __enter__(self) -> Executor:
         return self.start()
@@ -220,11 +225,7 @@ class Executor:
     def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
         self.close()
 
-    def _run(self, ready: threading.Barrier) -> None:
-        if self._config.threads is not None:
-            # OpenMP keeps the number per thread, so that a tenant in the same process keeps its own.
-            torch.set_num_threads(self._config.threads)
-        ready.wait()
+    def _run(self) -> None:
         while self._work():
             pass
 

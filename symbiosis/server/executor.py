@@ -19,10 +19,12 @@ import torch
 
 from symbiosis.errors import ConfigurationError, HostUnavailableError
 from symbiosis.protocols.messages import Call, Segment, cut_segments
+from symbiosis.server import onednn
 from symbiosis.server.batching import BatchConfig, BatchKey, Decision, Waiting, decide, is_interactive
 from symbiosis.server.fairness import FairnessConfig, Service
 from symbiosis.server.linear import answer_width, multiply
 from symbiosis.server.metrics import Metrics
+from symbiosis.server.packed import PackedWeights
 from symbiosis.server.pace import Pace
 from symbiosis.server.rate import Rate
 from symbiosis.server.weight import Weight
@@ -45,12 +47,16 @@ class ExecutorConfig:
     threads: int | None = None
     """Threads of one product, set for the whole process until the executor is closed: PyTorch's libraries keep no
     number per thread. `None` leaves PyTorch's own (products of few rows take all cores)."""
+    packed_bytes: int = 0
+    """Memory that may hold weights a second time, laid out for faster products; twice the base packs all of it."""
     batching: BatchConfig = field(default_factory=BatchConfig)
     fairness: FairnessConfig = field(default_factory=FairnessConfig)
 
     def __post_init__(self) -> None:
         if self.workers < 1 or (self.threads is not None and self.threads < 1):
             raise ConfigurationError("an executor needs at least one worker of one thread", "Raise the number")
+        if self.packed_bytes < 0:
+            raise ConfigurationError(f"{self.packed_bytes} bytes for packed weights", "Allow 0 or more")
 
     @property
     def threads_per_product(self) -> int:
@@ -138,6 +144,7 @@ class Executor:
         self._service = Service(self._config.fairness)
         self._pace = Pace()
         self._rate = Rate(floor_rows=self._config.batching.floor_rows)
+        self._packed = PackedWeights(self._config.packed_bytes)
         self._wake = threading.Condition()
         self._closed = False
         self._turns = 0
@@ -237,7 +244,7 @@ class Executor:
         started_s, failure = self._clock(), None
         try:
             self._make_places(batch.parts)
-            _compute(batch.parts, self._config.threads_per_product)
+            self._compute(batch.parts)
         except Exception as error:
             _log.exception("a batch of %d calls failed", len(batch.parts))
             failure = error.with_traceback(None)  # it would hold the rows of everybody in the batch
@@ -326,6 +333,34 @@ class Executor:
                     self._pace.answered(job.tenant, job.key, interactive=interactive, now_s=now_s)
         return ended
 
+    @torch.no_grad()
+    def _compute(self, parts: list[_Part]) -> None:
+        """Write the answers to the parts' rows into the places of their calls."""
+        outs = [_place(part.job)[part.start : part.start + part.rows] for part in parts]
+        rows = [part.job.rows[part.start : part.start + part.rows] for part in parts]
+        if len(parts) == 1:
+            self._multiply(parts, rows[0], out=outs[0])
+            return
+        # Tenants' rows may be on different devices, the group's weights are (nearly always) on one.
+        device = parts[0].job.weights[0].device
+        answer_NO = self._multiply(parts, torch.cat([part_TI.to(device) for part_TI in rows]))
+        for out_TO, answer_TO in zip(outs, answer_NO.split([part.rows for part in parts]), strict=True):
+            out_TO.copy_(answer_TO)  # a copy of its own: no tenant's answer shares memory with another's
+
+    def _multiply(self, parts: list[_Part], rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The product of the rows of all `parts` with their group."""
+        key, weights = parts[0].job.key, parts[0].job.weights
+        packed = (
+            self._packed.find(key.layers, key.direction, weights, rows.dtype) if rows.device.type == "cpu" else None
+        )
+        if packed is not None:
+            answer = onednn.multiply(rows, packed)
+            return answer if out is None else out.copy_(answer)
+        segments = [
+            segment for part in parts for segment in cut_segments(part.job.segments, part.start, part.start + part.rows)
+        ]
+        return multiply(rows, weights, key.direction, segments, out=out, threads=self._config.threads_per_product)
+
     def _report(self, job: _Job) -> None:
         if job.failure is None:
             self._metrics.call_answered(
@@ -337,25 +372,6 @@ class Executor:
                 queue_s=max(0.0, self._clock() - job.arrived_s - job.computing_s),
                 compute_s=job.computing_s,
             )
-
-
-@torch.no_grad()
-def _compute(parts: list[_Part], threads: int) -> None:
-    """Write the answers to the parts' rows into the places of their calls."""
-    key, weights = parts[0].job.key, parts[0].job.weights
-    outs = [_place(part.job)[part.start : part.start + part.rows] for part in parts]
-    rows = [part.job.rows[part.start : part.start + part.rows] for part in parts]
-    segments = [
-        segment for part in parts for segment in cut_segments(part.job.segments, part.start, part.start + part.rows)
-    ]
-    if len(parts) == 1:
-        multiply(rows[0], weights, key.direction, segments, out=outs[0], threads=threads)
-        return
-    # Tenants' rows may be on different devices, the group's weights are (nearly always) on one.
-    rows_N = torch.cat([part_TI.to(weights[0].device) for part_TI in rows])
-    answer_NO = multiply(rows_N, weights, key.direction, segments, threads=threads)
-    for out_TO, answer_TO in zip(outs, answer_NO.split([part.rows for part in parts]), strict=True):
-        out_TO.copy_(answer_TO)  # a copy of its own: no tenant's answer shares memory with another's
 
 
 def _place(job: _Job) -> torch.Tensor:

@@ -8,7 +8,8 @@ which is what makes the host stateless (DESIGN: the one idea).
 
 A product is taken in the wider of the rows' dtype and the weight's. Where the processor has no arithmetic of that dtype
 (bfloat16 and float16 on most CPUs: PyTorch then multiplies rows one by one, an eighth as fast or less) it is taken in
-float32, which only makes it more exact; weights are widened in pieces, so that they are held once.
+float32, which only makes it more exact; weights are widened in pieces, so that they are held once. Which library multiplies
+float32 is decided by the processor's maker alone, never by a measurement: a host that starts again must round alike.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 import torch
 
 from symbiosis.protocols.messages import Direction, Segment
-from symbiosis.server import skinny
+from symbiosis.server import onednn, skinny
 from symbiosis.server.weight import Weight, fused
 
 _PIECE_ELEMENTS = 1 << 22
@@ -53,14 +54,13 @@ def multiply(
     if any(weight.device != device for weight in weights):
         answer = _one_by_one(rows, weights, direction)
     elif rows.device == device and (out is None or out.device == device):
-        answer = out if out is not None else rows.new_empty((rows.shape[0], answer_width(weights, direction)))
         if segments:
+            answer = out if out is not None else rows.new_empty((rows.shape[0], answer_width(weights, direction)))
             _segmented(rows, weights[0], direction, segments, answer, threads)
-        elif direction is Direction.FORWARD:
-            _forward(rows, fused(weights), answer, threads)
-        else:
-            _backward(rows, fused(weights), answer)
-        return answer
+            return answer
+        if direction is Direction.FORWARD:
+            return _forward(rows, fused(weights), out, threads)
+        return _backward(rows, fused(weights), out)
     else:
         answer = multiply(rows.to(device), weights, direction, segments, threads=threads)
     return answer.to(rows.device) if out is None else out.copy_(answer)
@@ -107,68 +107,89 @@ def _segmented(
             places[position].copy_(part)
 
 
-def _forward(x_TI: torch.Tensor, weights: Sequence[Weight], y_TO: torch.Tensor, threads: int) -> None:
-    parts = y_TO.split([weight.in_out().shape[1] for weight in weights], dim=1)
-    for weight, y_TOk in zip(weights, parts, strict=True):
+def _forward(x_TI: torch.Tensor, weights: Sequence[Weight], y_TO: torch.Tensor | None, threads: int) -> torch.Tensor:
+    if len(weights) == 1 and weights[0].scale is None:
+        return _product(x_TI, weights[0].in_out(), y_TO, threads)
+    widths = [weight.in_out().shape[1] for weight in weights]
+    y_TO = x_TI.new_empty((x_TI.shape[0], sum(widths))) if y_TO is None else y_TO
+    for weight, y_TOk in zip(weights, y_TO.split(widths, dim=1), strict=True):
         if weight.scale is None:
             _product(x_TI, weight.in_out(), y_TOk, threads)
             continue
         product_TOk = x_TI.new_empty(y_TOk.shape, dtype=_arithmetic(x_TI, weight.in_out()))
         _product(x_TI, weight.in_out(), product_TOk, threads)
         y_TOk.copy_(product_TOk.mul_(weight.scale.to(product_TOk.dtype)))
+    return y_TO
 
 
-def _backward(g_TO: torch.Tensor, weights: Sequence[Weight], g_TI: torch.Tensor) -> None:
+def _backward(g_TO: torch.Tensor, weights: Sequence[Weight], g_TI: torch.Tensor | None) -> torch.Tensor:
     widths = [weight.in_out().shape[1] for weight in weights]
     parts = list(zip(g_TO.split(widths, dim=1), weights, strict=True))
     if len(parts) == 1 and weights[0].scale is None:
-        _product(g_TO, weights[0].in_out().T, g_TI, 1)
-        return
+        return _product(g_TO, weights[0].in_out().T, g_TI, 1)
     # Summed in the wider dtype, rounded once.
+    width = weights[0].in_out().shape[0]
     total_TI: torch.Tensor | None = None
     for g_TOk, weight in parts:
         dtype = _arithmetic(g_TOk, weight.in_out())
         wide_TOk = g_TOk.to(dtype)
         wide_TOk = wide_TOk if weight.scale is None else wide_TOk * weight.scale.to(dtype)
-        part_TI = g_TO.new_empty(g_TI.shape, dtype=dtype)
+        part_TI = g_TO.new_empty((g_TO.shape[0], width), dtype=dtype)
         _product(wide_TOk, weight.in_out().T, part_TI, 1)
         total_TI = part_TI if total_TI is None else total_TI.add_(part_TI)
-    if total_TI is not None:
-        g_TI.copy_(total_TI)
+    answer_TI = g_TO.new_zeros((g_TO.shape[0], width)) if g_TI is None else g_TI
+    return answer_TI if total_TI is None else answer_TI.copy_(total_TI)
 
 
-def _product(rows: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor, threads: int) -> None:
-    """Write `rows @ matrix` to `out`; dtypes as the module says."""
-    weight_OI = matrix.T
-    if skinny.suits(rows.shape[0], weight_OI) and rows.dtype is not torch.float64:
-        _skinny(rows, weight_OI, out, threads)
-        return
+def _product(rows: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor | None, threads: int) -> torch.Tensor:
+    """Write `rows @ matrix` to `out`, or to a tensor of the rows' dtype; dtypes as the module says."""
     dtype = _arithmetic(rows, matrix)
-    if rows.dtype == matrix.dtype == out.dtype == dtype:
-        torch.mm(rows, matrix, out=out)
-        return
+    if out is None and (dtype != matrix.dtype or dtype != rows.dtype):
+        out = rows.new_empty((rows.shape[0], matrix.shape[1]))
+    if _is_for_few_rows(rows, matrix, dtype):
+        return _skinny(rows, matrix.T, out, threads)
     wide = rows.to(dtype)
-    if matrix.dtype == dtype:
-        out.copy_(wide @ matrix)
-        return
+    if out is None or matrix.dtype == dtype:
+        return _same_dtype(wide, matrix, out)
     step = max(1, _PIECE_ELEMENTS // matrix.shape[0])
     for start in range(0, matrix.shape[1], step):
         piece = matrix[:, start : start + step].to(dtype)
-        target = out[:, start : start + step]
-        if out.dtype == dtype:
-            torch.mm(wide, piece, out=target)
-        else:
-            target.copy_(wide @ piece)
+        _same_dtype(wide, piece, out[:, start : start + step])
+    return out
 
 
-def _skinny(rows: torch.Tensor, weight_OI: torch.Tensor, out: torch.Tensor, threads: int) -> None:
+def _same_dtype(rows: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    """The product of two matrices of one dtype that the processor has arithmetic for."""
+    if _is_onednns(rows):
+        product = onednn.multiply(rows, matrix.T)
+    elif out is not None and out.dtype == rows.dtype:
+        return torch.mm(rows, matrix, out=out)
+    else:
+        product = rows @ matrix
+    return product if out is None else out.copy_(product)
+
+
+def _is_onednns(rows: torch.Tensor) -> bool:
+    """Whether PyTorch would not take oneDNN by itself, and should."""
+    return rows.dtype is torch.float32 and onednn.suits(rows)
+
+
+def _is_for_few_rows(rows: torch.Tensor, matrix: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether our own loops are the fastest way: not where a library multiplies the weights as they are, and well."""
+    if rows.dtype is torch.float64 or not skinny.suits(rows.shape[0], matrix.T):
+        return False
+    library_does_well = dtype is torch.bfloat16 or onednn.is_faster()
+    return matrix.dtype is not dtype or not library_does_well
+
+
+def _skinny(rows: torch.Tensor, weight_OI: torch.Tensor, out: torch.Tensor | None, threads: int) -> torch.Tensor:
     x_MI = rows.to(torch.float32).contiguous()
-    if out.dtype is torch.float32:
+    if out is not None and out.dtype is torch.float32:
         skinny.multiply(x_MI, weight_OI, out, threads=threads)
-        return
-    y_MO = x_MI.new_empty(out.shape)
+        return out
+    y_MO = x_MI.new_empty((rows.shape[0], weight_OI.shape[0]))
     skinny.multiply(x_MI, weight_OI, y_MO, threads=threads)
-    out.copy_(y_MO)
+    return y_MO.to(rows.dtype) if out is None else out.copy_(y_MO)
 
 
 def _arithmetic(rows: torch.Tensor, matrix: torch.Tensor) -> torch.dtype:
@@ -182,7 +203,7 @@ def _arithmetic(rows: torch.Tensor, matrix: torch.Tensor) -> torch.dtype:
 def _has_arithmetic(dtype: torch.dtype) -> bool:
     """Whether this machine's CPU multiplies matrices of `dtype` with instructions made for it."""
     if dtype is torch.bfloat16:
-        return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return onednn.multiplies_bfloat16()
     if dtype is torch.float16:
         return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported())
     return True

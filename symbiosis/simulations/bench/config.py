@@ -133,6 +133,8 @@ class HostOptions:
     """Batches computed at once."""
     threads: int | None
     """Threads of one product; `None` leaves PyTorch's own number."""
+    packed: bool = False
+    """Whether it holds all weights once more for each direction, laid out for faster products."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

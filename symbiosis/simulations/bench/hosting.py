@@ -71,4 +71,8 @@ def _serve(transport: str, host: Host, credentials: Credentials, scratch: Path, 
 
 def open_host(base: HostedBase, options: HostOptions) -> Host:
     """A host that uses the cores as `options` say: the one place that knows how that is set."""
-    return Host(base, executor=ExecutorConfig(workers=options.workers, threads=options.threads))
+    weights_bytes = sum(weight.byte_count for weight in base.weights)
+    executor = ExecutorConfig(
+        workers=options.workers, threads=options.threads, packed_bytes=2 * weights_bytes if options.packed else 0
+    )
+    return Host(base, executor=executor)

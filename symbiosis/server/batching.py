@@ -14,7 +14,7 @@ together. Four rules see to that, numbered where they are enforced:
    a long call gives as many rows as fit and keeps its place; an interactive head takes along interactive calls only,
    and its batch's budget is `interactive_batch_s`;
 4. a batch that is not full may be held for tenants that are expected to ask for the same, or to make up a larger group
-   elsewhere, within the time that computing it takes; what comes next by rule 2 is begun meanwhile.
+   elsewhere, within a share of the time that computing it takes; what comes next by rule 2 is begun meanwhile.
 
 By these rules also those are served who are not the least served of their kind, but nobody who is more than
 `max_lead_s` ahead of it: that is what keeps the service even (`fairness`).
@@ -78,13 +78,16 @@ class BatchConfig:
     """How long a batch is held for expected calls at most."""
     hold_share: float = 1.0
     """The same bound as a share of the time that computing the batch takes; 0 holds nothing."""
+    interactive_hold_share: float = 12.0
+    """That share for interactive batches: a pass over the weights costs as much for eight rows as for one, and what
+    eight tenants compute for themselves between two calls takes several times as long."""
 
     def __post_init__(self) -> None:
         if min(self.max_rows, self.min_rows, self.floor_rows) < 1 or self.interactive_rows < 0:
             raise ConfigurationError("a batch takes at least one row", "Raise max_rows, min_rows and floor_rows")
         if min(self.max_batch_s, self.interactive_batch_s, self.max_bulk_wait_s, self.max_lead_s) <= 0:
             raise ConfigurationError("a batch's bounds of time and work are positive", "Raise the one that is not")
-        if min(self.max_hold_s, self.hold_share, self.max_gap_s) < 0:
+        if min(self.max_hold_s, self.hold_share, self.interactive_hold_share, self.max_gap_s) < 0:
             raise ConfigurationError("a batch cannot be held for less than no time", "Set max_hold_s to 0 or more")
 
 
@@ -297,9 +300,10 @@ def _hold_until(
     if any(take.rows < call.rows for take, call in zip(batch, calls, strict=True)):
         return float("-inf")  # it is full
     rows = max(sum(take.rows for take in batch), config.floor_rows)
-    hold_s = min(config.max_hold_s, config.hold_share * rows * leader.macs_per_row / macs_per_s)
-    limit_s = min(call.arrived_s for call in calls) + hold_s
     interactive = is_interactive(leader.total_rows, config)
+    share = config.interactive_hold_share if interactive else config.hold_share
+    hold_s = min(config.max_hold_s, share * rows * leader.macs_per_row / macs_per_s)
+    limit_s = min(call.arrived_s for call in calls) + hold_s
     coming = [
         min(entry.at_s, limit_s)
         for entry in expected

@@ -24,8 +24,8 @@ from symbiosis.server.batching import BatchConfig, BatchKey, Decision, Waiting, 
 from symbiosis.server.fairness import FairnessConfig, Service
 from symbiosis.server.linear import answer_width, multiply
 from symbiosis.server.metrics import Metrics
-from symbiosis.server.packed import PackedWeights
 from symbiosis.server.pace import Pace
+from symbiosis.server.packed import PackedWeights
 from symbiosis.server.rate import Rate
 from symbiosis.server.weight import Weight
 

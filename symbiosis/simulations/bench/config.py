@@ -87,7 +87,7 @@ class Preset:
     train: ModelShape
     decode: ModelShape
     memory_work: Work = field(default_factory=lambda: Work(tokens=64))
-    train_work: Work = field(default_factory=Work)
+    train_work: Work = field(default_factory=lambda: Work(steps=2))
     decode_work: Work = field(default_factory=Work)
     mixed_work: Work = field(default_factory=Work)
     scale_work: Work = field(default_factory=lambda: Work(tokens=64, new_tokens=8))
@@ -142,7 +142,7 @@ class TenantsConfig:
     """`bench tenants`: N tenants of one host against N separate PEFT processes."""
 
     tenants: int = 8
-    rounds: int = 5
+    rounds: int = 4
     preset: Preset = PRESETS["default"]
     sections: tuple[Section, ...] = tuple(Section)
     transport: str = "shm"

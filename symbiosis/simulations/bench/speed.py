@@ -239,7 +239,8 @@ def separate_candidates(count: int) -> list[int]:
 
 def host_candidates(count: int) -> list[HostOptions]:
     """Ways of a host to use `count` cores that are tried: all of them for one product, or one for each of several."""
-    return list(dict.fromkeys([HostOptions(workers=1, threads=None), HostOptions(workers=count, threads=1)]))
+    whole = HostOptions(workers=1, threads=None, packed=True)
+    return list(dict.fromkeys([whole, HostOptions(workers=count, threads=1, packed=True)]))
 
 
 def _trial(side: Side, kind: str) -> float:

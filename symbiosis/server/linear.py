@@ -8,8 +8,9 @@ which is what makes the host stateless (DESIGN: the one idea).
 
 A product is taken in the wider of the rows' dtype and the weight's. Where the processor has no arithmetic of that dtype
 (bfloat16 and float16 on most CPUs: PyTorch then multiplies rows one by one, an eighth as fast or less) it is taken in
-float32, which only makes it more exact; weights are widened in pieces, so that they are held once. Which library multiplies
-float32 is decided by the processor's maker alone, never by a measurement: a host that starts again must round alike.
+float32, which only makes it more exact; weights are widened in pieces, so that they are held once. Which library
+multiplies float32 is decided by the processor's maker alone, never by a measurement: a host that starts again must
+round alike.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Write the README's tables from the result files in `docs/results`, or check with `--check` that they are the ones."""
+"""Write the README's tables from the committed result files, or check with `--check` that they are the ones."""
 
 from __future__ import annotations
 
@@ -98,12 +98,62 @@ def _method_name(row: Mapping[str, Any]) -> str:
     return f"{base} ({row['variant']})" if row["variant"] else base
 
 
+GOALS = (
+    ("memory_ratio", "memory, as `from_pretrained` makes it: jobs share one mapped file", "memory", "<= 0.35"),
+    ("memory_ratio_own_weights", "memory, each job with weights of its own", "memory", "<= 0.35"),
+    ("memory_ratio_300m", "memory, 300M base, jobs share one mapped file", "memory_300m", ""),
+    ("train_speed_ratio", "training, shared memory, float32", "train", ">= 1.0"),
+    ("train_speed_ratio_grpc", "training, mutual TLS, rows in bfloat16 on the wire", "train_grpc", ">= 0.8"),
+    ("decode_speed_ratio", "generation, 1B base in bfloat16", "decode", ">= 2"),
+    ("mixed_ratio", "half training, half generating", "mixed", ""),
+)
+"""Key of the benchmark's result, what it says, its section, and the goal."""
+
+
+def tenants_table(result: Mapping[str, Any]) -> str:
+    """Tenants against separate jobs: one row for each ratio that was measured."""
+    environment, count = result["environment"], result["settings"]["tenants"]
+    lines = [
+        f"{count} tenants of one host against {count} separate PEFT processes; {environment['processor']}, "
+        f"{environment['cores']} cores, {result['settings']['rounds']} interleaved rounds; medians, least and most.",
+        "",
+        "| ours over theirs | ratio | spread | goal | separate jobs | tenants |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    lines += [_ratio_row(result, *goal) for goal in GOALS if result.get(goal[0]) is not None]
+    return "\n".join(lines)
+
+
+def _ratio_row(result: Mapping[str, Any], key: str, title: str, section: str, goal: str) -> str:
+    found, spread = result[section], ""
+    if section.startswith("memory"):
+        theirs = found["theirs_own_weights" if key.endswith("own_weights") else "theirs"]
+        figures = [f"{side['peak']['total'] / 1e9:.2f} GB" for side in (theirs, found["ours"])]
+    else:
+        spread = f"{found['ratio']['least']:.2f} - {found['ratio']['most']:.2f}"
+        halves = [found["train"], found["decode"]] if section == "mixed" else [found]
+        figures = [
+            " + ".join(f"{half[side]['tokens_per_s']['median']:,.1f}" for half in halves) + " tokens/s"
+            for side in ("theirs", "ours")
+        ]
+    return f"| {title} | {result[key]:.2f} | {spread} | {goal} | {figures[0]} | {figures[1]} |"
+
+
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "simulate": simulation_table,
     "models": models_table,
     "peft": peft_table,
+    "tenants": tenants_table,
 }
 """What stands between the README's marks, by the name of its result file."""
+
+FOLDERS = {"tenants": "benchmarks/results"}
+"""Where a result file is, if not in `docs/results`."""
+
+
+def path_of(name: str) -> str:
+    """The result file of a table, from the repository's root."""
+    return f"{FOLDERS.get(name, 'docs/results')}/{name}.json"
 
 
 def render(readme: str, name: str, table: str) -> str:
@@ -112,7 +162,7 @@ def render(readme: str, name: str, table: str) -> str:
     Raises:
         SystemExit: there is no place for it.
     """
-    begin = f"<!-- {name}: scripts/readme_tables.py writes this from docs/results/{name}.json -->"
+    begin = f"<!-- {name}: scripts/readme_tables.py writes this from {path_of(name)} -->"
     end = f"<!-- end of {name} -->"
     head, found, rest = readme.partition(begin)
     _, ended, tail = rest.partition(end)
@@ -129,7 +179,7 @@ def main() -> int:
     path = ROOT / "README.md"
     old = new = path.read_text(encoding="utf-8")
     for name, table in TABLES.items():
-        result = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        result = json.loads((ROOT / path_of(name)).read_text(encoding="utf-8"))
         new = render(new, name, table(result))
     if check:
         return 0 if old == new else 1

@@ -31,8 +31,9 @@ results: setup ## Run the main job again and renew the README's figures
 	cp runs/results/losses.png docs/results/losses.png
 	$(BIN)/python scripts/readme_tables.py
 
+# Files go to as many processes as there are cores, so each has one thread for its products.
 test: setup ## Run all tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 models: setup ## Walk the registry of transformers: every type split against local, and renew the README's table
 	$(BIN)/python tests/models/walk.py

@@ -148,9 +148,10 @@ class Ours(Side):
         return self.pids[0]
 
     def serve(self, directory: Path, options: HostOptions, *, transports: Sequence[str], tenants: int) -> None:
-        """Serve a base to a number of tenants, in place of what the host process served before."""
-        if self._host is None:
-            self._host = self.pool.start("the host")
+        """Serve a base to a number of tenants, from a fresh process: one that served another base may hold its memory."""
+        if self._host is not None:
+            self.pool.end([self._host])
+        self._host = self.pool.start("the host")
         self._served += 1
         scratch = Path(self._scratch.name) / f"host-{self._served}"
         scratch.mkdir()

@@ -36,8 +36,8 @@ from symbiosis.errors import (
     UnknownLayerError,
 )
 from symbiosis.privacy import Mechanism, Plaintext, read_transcript
-from symbiosis.privacy.mechanism import Concealed, Group
 from symbiosis.privacy.ledger import Ledger, iterate, verify
+from symbiosis.privacy.mechanism import Concealed, Group
 from symbiosis.protocols.canonical import sha256_hex
 from symbiosis.protocols.codec import Encoded, encode_request
 from symbiosis.protocols.inprocess import InProcessTransport

@@ -37,6 +37,7 @@ from symbiosis.errors import (
 )
 from symbiosis.privacy import Mechanism, Plaintext, read_transcript
 from symbiosis.privacy.ledger import Ledger, iterate, verify
+from symbiosis.privacy.mechanism import Concealed, Group
 from symbiosis.protocols.canonical import sha256_hex
 from symbiosis.protocols.codec import Encoded, encode_request
 from symbiosis.protocols.inprocess import InProcessTransport
@@ -471,8 +472,8 @@ class Careless(Plaintext):
     def __init__(self, instead: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._instead = instead
 
-    def conceal(self, rows_TI: torch.Tensor, **_: Any) -> torch.Tensor:
-        return self._instead(rows_TI)
+    def conceal(self, rows_TI: torch.Tensor, group: Group) -> Concealed:
+        return dataclasses.replace(super().conceal(rows_TI, group), rows=self._instead(rows_TI))
 
 
 MISFITS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], type[SymbiosisError]]] = {

@@ -15,9 +15,10 @@ from symbiosis import __version__
 from symbiosis.clients.gate import EgressGate
 from symbiosis.clients.retry import Patience, RetryConfig
 from symbiosis.errors import FrameError, OverloadedError, ProtocolError, VersionError
-from symbiosis.privacy.mechanism import Mechanism
+from symbiosis.privacy.mechanism import Group, Helper, Mechanism
 from symbiosis.protocols.canonical import sha256_hex
 from symbiosis.protocols.codec import Reply, Request, encode_request
+from symbiosis.protocols.facts import Facts, facts_byte_count, facts_from_bytes
 from symbiosis.protocols.limits import MAX_HEADER_BYTES, MAX_MANIFEST_BYTES, MAX_MESSAGE_BYTES, PROTOCOL_VERSION
 from symbiosis.protocols.manifest import Manifest
 from symbiosis.protocols.messages import (
@@ -58,6 +59,7 @@ class Session:
         mechanism: how rows are hidden.
         wire_dtype: what wider rows are rounded to before they leave; answers come back in it. `None` leaves them as
             they are.
+        helper: the second host, for mechanisms that use one.
         retry: how long to come back to a host that has no room.
 
     Raises:
@@ -72,6 +74,7 @@ class Session:
         mechanism: Mechanism,
         *,
         wire_dtype: torch.dtype | None = None,
+        helper: Helper | None = None,
         retry: RetryConfig | None = None,
     ) -> None:
         self._transport = transport
@@ -84,9 +87,12 @@ class Session:
         self._frames = self._sent_bytes = self._rows = 0
         self._max_message_bytes = MAX_MESSAGE_BYTES
         self.manifest: Manifest | None = None
+        self.session_id = secrets.token_bytes(16)
+        self._facts: dict[int, Facts] = {}
         welcome = self._greet()
         self.tenant = welcome.tenant
         self.manifest = self._fetch_manifest(welcome)
+        mechanism.begin(_Link(self, self.manifest, helper))
 
     @property
     def address(self) -> str:
@@ -132,7 +138,10 @@ class Session:
         if self._wire_dtype is not None and self._wire_dtype.itemsize < rows_TI.dtype.itemsize:
             sent_TI = sent_TI.to(self._wire_dtype)
         pieces = split_rows(sent_TI, segments, widest=widest, max_bytes=self._max_message_bytes)
-        answers = [self._call(layers, direction, piece.contiguous(), part, width_out) for piece, part in pieces]
+        answers = [
+            self._hidden_call(piece.contiguous(), Group(layers=layers, direction=direction, segments=part))
+            for piece, part in pieces
+        ]
         answer_TO = answers[0] if len(answers) == 1 else torch.cat(answers)
         return answer_TO.to(device=home, dtype=rows_TI.dtype)
 
@@ -153,11 +162,12 @@ class Session:
     def close(self) -> None:
         """End the stream, and a wait for the host that is under way."""
         self._patience.stop()
+        self._mechanism.close()
         self._transport.close()
         self._gate.close()
 
     def _greet(self) -> Welcome:
-        hello = Hello(protocol=PROTOCOL_VERSION, release=__version__, session=secrets.token_bytes(16))
+        hello = Hello(protocol=PROTOCOL_VERSION, release=__version__, session=self.session_id)
         welcome = self._exchange(hello, max_reply_bytes=0)
         if not isinstance(welcome, Welcome):
             raise FrameError("the host did not answer the greeting", "Check the address")
@@ -175,30 +185,49 @@ class Session:
             raise FrameError("the host's manifest is not the one that it announced", "Connect again")
         return Manifest.from_json(data)
 
-    def _call(
-        self,
-        layers: tuple[int, ...],
-        direction: Direction,
-        rows_TI: torch.Tensor,
-        segments: tuple[Segment, ...],
-        width_out: int,
-    ) -> torch.Tensor:
+    def _hidden_call(self, rows_TI: torch.Tensor, group: Group) -> torch.Tensor:
+        with self._lock:
+            concealed = self._mechanism.conceal(rows_TI, group)
+            answer_TO = self.call(concealed.rows, group)
+            self._rows += rows_TI.shape[0]
+            return concealed.reveal(answer_TO)
+
+    def call(self, rows_TI: torch.Tensor, group: Group) -> torch.Tensor:
+        """One message of rows that leave as they are; for mechanisms. Otherwise as `multiply`."""
+        width_out = _require(self.manifest).widths(group.layers, group.direction)[1]
         with self._lock:
             number = self._next_number()
-            hidden_TI = self._mechanism.conceal(rows_TI, layers=layers, direction=direction, number=number)
-            reply_bytes = rows_TI.shape[0] * width_out * hidden_TI.element_size()
-            call = Call(number=number, layers=layers, direction=direction, rows=hidden_TI, segments=segments)
-            reply = self._exchange(call, max_reply_bytes=reply_bytes)
-            self._rows += rows_TI.shape[0]
+            call = Call(
+                number=number, layers=group.layers, direction=group.direction, rows=rows_TI, segments=group.segments
+            )
+            reply = self._exchange(call, max_reply_bytes=rows_TI.shape[0] * width_out * rows_TI.element_size())
         if not isinstance(reply, Answer) or reply.number != number:
             raise FrameError("the host answered a call with something else", "Connect again")
-        if reply.rows.shape != (rows_TI.shape[0], width_out) or reply.rows.dtype != hidden_TI.dtype:
+        if reply.rows.shape != (rows_TI.shape[0], width_out) or reply.rows.dtype != rows_TI.dtype:
             raise ProtocolError(
                 f"the host answered with {tuple(reply.rows.shape)} {reply.rows.dtype}, "
-                f"expected ({rows_TI.shape[0]}, {width_out}) {hidden_TI.dtype}",
+                f"expected ({rows_TI.shape[0]}, {width_out}) {rows_TI.dtype}",
                 "Install the same release on both sides",
             )
-        return self._mechanism.reveal(reply.rows, layers=layers, direction=direction, number=number)
+        return reply.rows
+
+    def facts(self, layer: int) -> Facts:
+        """Norms and scales of a hosted weight; fetched once, then kept.
+
+        Args:
+            layer: position in the manifest.
+
+        Raises:
+            FrameError: not what the manifest describes.
+            SymbiosisError: as `fetch`.
+        """
+        manifest = _require(self.manifest)
+        with self._lock:
+            if layer not in self._facts:
+                described = manifest.layers[layer]
+                data = self.fetch(BlobKind.FACTS, described.name, max_bytes=facts_byte_count(described))
+                self._facts[layer] = facts_from_bytes(data, described, manifest.storage)
+            return self._facts[layer]
 
     def _exchange(self, request: Request, *, max_reply_bytes: int) -> Reply:
         on_device = isinstance(request, Call) and request.rows.device.type != "cpu"
@@ -222,6 +251,22 @@ class Session:
     def _next_number(self) -> int:
         self._number += 1
         return self._number
+
+
+class _Link:
+    """What a mechanism is given of its session."""
+
+    def __init__(self, session: Session, manifest: Manifest, helper: Helper | None) -> None:
+        self._session = session
+        self.manifest = manifest
+        self.session_id = session.session_id
+        self.helper = helper
+
+    def facts(self, layer: int) -> Facts:
+        return self._session.facts(layer)
+
+    def multiply(self, rows_TI: torch.Tensor, group: Group) -> torch.Tensor:
+        return self._session.call(rows_TI, group)
 
 
 def _require(manifest: Manifest | None) -> Manifest:

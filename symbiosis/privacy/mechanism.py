@@ -1,41 +1,107 @@
-"""How rows are hidden from the host: one interface, one implementation today, named by what it promises.
+"""How rows are hidden from the host: one interface; each mechanism is a module beside this one.
+
+A mechanism belongs to one session. For every call it is given the rows that the model computed, says which rows leave
+instead, and turns the host's answer to those into the product of the true ones. Forward and backward are alike to it.
 
 Shape legend: T rows, I width of the rows that go out, O width of the rows that come back.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from symbiosis.errors import UnsupportedError
-from symbiosis.protocols.messages import Direction
+from symbiosis.protocols.facts import Facts
+from symbiosis.protocols.manifest import Manifest
+from symbiosis.protocols.messages import Direction, Segment
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """What rows are multiplied by."""
+
+    layers: tuple[int, ...]
+    """Positions in the manifest."""
+    direction: Direction
+    """Which product."""
+    segments: tuple[Segment, ...] = ()
+    """For a stack, which matrix each row meets."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Concealed:
+    """Rows that may leave, and the way back from the host's answer to them."""
+
+    rows: torch.Tensor
+    """`(T, I)`, of a dtype that the wire carries; as many rows as were given, or more, or fewer."""
+    reveal: Callable[[torch.Tensor], torch.Tensor]
+    """From the answer `(rows, O)`, of the dtype of `rows`, to the product of the true rows, `(T, O)` of their dtype."""
+
+
+class Helper(Protocol):
+    """A second host with the same base, run by somebody who does not collude with the first."""
+
+    def multiply(self, rows_TI: torch.Tensor, group: Group) -> torch.Tensor:
+        """The product `(T, O)` of rows that the first host never sees."""
+        ...
+
+    def draw(self, group: Group, *, key: bytes, rows: int) -> torch.Tensor:
+        """The product of the pad that `key` expands to (`protocols.field`): field elements, uint32 `(rows, O)`."""
+        ...
+
+
+class Link(Protocol):
+    """What a mechanism may know and ask of the session that it belongs to."""
+
+    manifest: Manifest
+    """The host's."""
+    session_id: bytes
+    """16 bytes, fresh and random for every session."""
+    helper: Helper | None
+    """The second host, if the tenant named one."""
+
+    def facts(self, layer: int) -> Facts:
+        """Norms and scales of the hosted weight at a position of the manifest; fetched once, then kept."""
+        ...
+
+    def multiply(self, rows_TI: torch.Tensor, group: Group) -> torch.Tensor:
+        """A call of the mechanism's own to the host, with rows that leave as they are: `(T, O)`."""
+        ...
 
 
 class Mechanism(Protocol):
-    """Conceals what a tenant sends and reveals what comes back. Used by one session, one message at a time."""
+    """Conceals what a tenant sends and reveals what comes back. One object serves one session, one call at a time."""
 
     name: str
     """The privacy mode, as users choose it and reports print it."""
+    promise: str
+    """What it promises, in a sentence that reports print."""
+    needs_helper: bool
+    """Whether it cannot work without a second host."""
 
-    def conceal(
-        self, rows_TI: torch.Tensor, *, layers: tuple[int, ...], direction: Direction, number: int
-    ) -> torch.Tensor:
-        """The rows that leave instead of `rows_TI`.
+    def begin(self, link: Link) -> None:
+        """A session was opened.
 
-        Args:
-            rows_TI: what the tenant computed, any wire dtype.
-            layers: positions of the group in the manifest.
-            direction: which product is asked for.
-            number: the message's number, which never repeats in a session.
+        Raises:
+            ConfigurationError: the host, its storage or the helper are not such that the promise can be kept.
         """
         ...
 
-    def reveal(
-        self, answer_TO: torch.Tensor, *, layers: tuple[int, ...], direction: Direction, number: int
-    ) -> torch.Tensor:
-        """The product of the true rows, from the host's answer to the concealed ones."""
+    def conceal(self, rows_TI: torch.Tensor, group: Group) -> Concealed:
+        """The rows that leave instead of `rows_TI`.
+
+        Args:
+            rows_TI: what the tenant computed, floating point, contiguous, at least one row.
+            group: what they are multiplied by.
+        """
+        ...
+
+    def close(self) -> None:
+        """The session ended."""
         ...
 
 
@@ -48,20 +114,22 @@ class Plaintext:
     """
 
     name = "plaintext"
+    promise = "none: the host can read text, labels and adapter from the rows"
+    needs_helper = False
 
-    def conceal(
-        self, rows_TI: torch.Tensor, *, layers: tuple[int, ...], direction: Direction, number: int
-    ) -> torch.Tensor:
+    def begin(self, link: Link) -> None:
+        """Nothing to prepare."""
+
+    def conceal(self, rows_TI: torch.Tensor, group: Group) -> Concealed:
         """The rows as they are."""
-        del layers, direction, number
-        return rows_TI
+        return Concealed(rows=rows_TI, reveal=_as_it_is)
 
-    def reveal(
-        self, answer_TO: torch.Tensor, *, layers: tuple[int, ...], direction: Direction, number: int
-    ) -> torch.Tensor:
-        """The answer as it is."""
-        del layers, direction, number
-        return answer_TO
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+def _as_it_is(answer_TO: torch.Tensor) -> torch.Tensor:
+    return answer_TO
 
 
 def resolve_mechanism(privacy: str | Mechanism) -> Mechanism:

@@ -197,22 +197,23 @@ class Session:
         with self._lock:
             concealed = self._mechanism.conceal(rows_TI, group)
             segments = group.segments if concealed.segments is None else concealed.segments
-            answer_TO = self.call(concealed.rows, replace(group, segments=segments))
+            answer_TO = self.calls(concealed.rows, replace(group, segments=segments))
             self._rows += rows_TI.shape[0]
             return concealed.reveal(answer_TO)
 
-    def call(self, rows_TI: torch.Tensor, group: Group) -> torch.Tensor:
-        """Rows that leave as they are, in one message or, where hiding made them too long for one, in several.
+    def calls(self, rows_TI: torch.Tensor, group: Group) -> torch.Tensor:
+        """Rows that leave as they are: in one message, or in several where hiding made them too long for one.
 
         For mechanisms. Otherwise as `multiply`.
         """
         widest = max(rows_TI.shape[1], _require(self.manifest).widths(group.layers, group.direction)[1])
         pieces = split_rows(rows_TI, group.segments, widest=widest, max_bytes=self._max_message_bytes)
         with self._lock:
-            answers = [self._message(piece, replace(group, segments=part)) for piece, part in pieces]
+            answers = [self.call(piece, replace(group, segments=part)) for piece, part in pieces]
         return answers[0] if len(answers) == 1 else torch.cat(answers)
 
-    def _message(self, rows_TI: torch.Tensor, group: Group) -> torch.Tensor:
+    def call(self, rows_TI: torch.Tensor, group: Group) -> torch.Tensor:
+        """One message of rows that leave as they are; for mechanisms. Otherwise as `multiply`."""
         width_out = _require(self.manifest).widths(group.layers, group.direction)[1]
         with self._lock:
             number = self._next_number()
@@ -285,7 +286,7 @@ class _Link:
         return self._session.facts(layer)
 
     def multiply(self, rows_TI: torch.Tensor, group: Group) -> torch.Tensor:
-        return self._session.call(rows_TI, group)
+        return self._session.calls(rows_TI, group)
 
 
 def _require(manifest: Manifest | None) -> Manifest:

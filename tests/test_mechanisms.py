@@ -260,12 +260,12 @@ def test_rows_that_shields_make_too_long_leave_in_several_messages(open_tenant: 
     tenant = open_tenant(
         hosted,
         Mixing(MixingConfig(shields=300)),
-        admission=AdmissionConfig(max_tenant_bytes=limit, max_total_bytes=limit),
+        admission=AdmissionConfig(max_tenant_bytes=2 * limit, max_total_bytes=2 * limit),
     )
     rows = torch.randn(limit // (8 * 2 * WIDTH), WIDTH, dtype=torch.float64)
     found = tenant.session.multiply((0, 1, 2), Direction.FORWARD, rows)
     assert relative_error(found, rows @ weight_of(hosted, (0, 1, 2)).T) < 1e-11
-    assert len(tenant.frames) > 2
+    assert len(tenant.frames) == 2
     assert max(frame.rows.nbytes * 2 for frame in tenant.frames) <= limit
     assert sum(frame.rows.shape[0] for frame in tenant.frames) == rows.shape[0] + 300 * math.ceil(rows.shape[0] / 512)
 

@@ -33,8 +33,8 @@ from typing import Any
 
 from symbiosis.errors import ConfigurationError, MissingExtraError
 
-_ORDERS = [1 + 10 ** (exponent / 40) for exponent in range(-120, 161)]
-"""Of Rényi divergence: from 1.001 to 10,001. Without sampling any real order is as cheap as Opacus' own few."""
+_ORDERS = [1 + 10 ** (exponent / 20) for exponent in range(-120, 201)]
+"""Of Rényi divergence, from 1 + 10**-6 to 10**10. Without sampling any real order is as cheap as Opacus' own few."""
 _NO_NOISE = 1e-9
 """A smaller deviation, in sensitivities, is as good as none."""
 
@@ -115,7 +115,7 @@ def epsilon_of(releases: Mapping[float, int], delta: float) -> float:
         return math.inf
     accountant = _opacus().RDPAccountant()
     accountant.history = [(ratio, 1.0, count) for ratio, count in releases.items()]
-    return float(accountant.get_epsilon(delta, alphas=_ORDERS))
+    return max(0.0, float(accountant.get_epsilon(delta, alphas=_ORDERS)))
 
 
 def noise_multiplier_for(*, epsilon: float, delta: float, releases: int, relation: Relation) -> float:

@@ -164,7 +164,8 @@ def clip_rows(rows_TI: torch.Tensor, threshold: float) -> torch.Tensor:
     # By the largest element first, so that no square overflows; a row of zeros stays one.
     largest_T1 = wide_TI.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     norms_T1 = largest_T1 * (wide_TI / largest_T1).norm(dim=1, keepdim=True)
-    return wide_TI * (threshold / norms_T1).clamp(max=1.0)
+    clipped_TI: torch.Tensor = wide_TI * (threshold / norms_T1).clamp(max=1.0)
+    return clipped_TI
 
 
 def _as_it_is(answer_TO: torch.Tensor) -> torch.Tensor:

@@ -56,7 +56,7 @@ class Mixing:
     its direction is what it was.
 
     Combinations are taken and undone in float64 and rounded to the rows' dtype between. Rounding is relative to the
-    largest row of a block: a row that is much smaller keeps fewer digits, and one of zeros comes back as nearly that.
+    largest row of a block, so that one which is much smaller keeps fewer digits. A row of zeros comes back as zeros.
 
     Args:
         config: the settings.
@@ -83,7 +83,7 @@ class Mixing:
         Raises:
             PrivacyError: no matrix was found whose condition number is small enough.
         """
-        dtype = rows_TI.dtype
+        dtype, empty_T1 = rows_TI.dtype, (rows_TI == 0).all(dim=1, keepdim=True)
         parts = group.segments or (Segment(matrix=0, rows=rows_TI.shape[0]),)
         mixed: list[torch.Tensor] = []
         ways: list[tuple[torch.Tensor, int]] = []
@@ -99,9 +99,8 @@ class Mixing:
 
         def reveal(answer: torch.Tensor) -> torch.Tensor:
             pieces = answer.double().split([rows for _, rows in ways])
-            return torch.cat([back_TN @ piece_NO for (back_TN, _), piece_NO in zip(ways, pieces, strict=True)]).to(
-                dtype
-            )
+            true_TO = torch.cat([back_TN @ piece_NO for (back_TN, _), piece_NO in zip(ways, pieces, strict=True)])
+            return true_TO.masked_fill_(empty_T1, 0.0).to(dtype)
 
         return Concealed(rows=torch.cat(mixed), reveal=reveal, segments=tuple(segments) if group.segments else None)
 

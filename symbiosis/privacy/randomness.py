@@ -37,4 +37,6 @@ def _uniform(count: int) -> torch.Tensor:
     """Numbers in (0, 1], float64."""
     stream = Cipher(ChaCha20(secrets.token_bytes(32), _NONCE), mode=None).encryptor()
     words = torch.frombuffer(bytearray(stream.update(bytes(8 * count))) or bytearray(8), dtype=torch.int64)[:count]
-    return ((words >> (64 - _BITS)) & (2**_BITS - 1)).double().add_(0.5).mul_(2.0**-_BITS)
+    wholes = (words >> (64 - _BITS)) & (2**_BITS - 1)  # the shift keeps the sign; the mask drops it
+    uniform: torch.Tensor = wholes.double().add_(0.5).mul_(2.0**-_BITS)
+    return uniform

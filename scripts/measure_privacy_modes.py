@@ -50,7 +50,7 @@ def gaussian_table() -> list[str]:
     lines = ["| noise multiplier | loss (nats per token) | messages | ε at δ = 1e-5 |", "|---:|---:|---:|---:|"]
     for multiplier in MULTIPLIERS:
         mechanism = Gaussian(GaussianConfig(noise_multiplier=multiplier))
-        with local_base("builtin", privacy=mechanism) as base, torch.inference_mode():
+        with local_base("builtin", privacy=mechanism) as base, torch.no_grad():
             tokenizer, model = base.load(AutoTokenizer), base.load(AutoModelForCausalLM)
             tokens = tokenizer(read_corpus(HELD_OUT_PACKAGES[0]), return_tensors="pt")["input_ids"][:, :TOKENS]
             batch = tokens.view(-1, 128)

@@ -213,7 +213,7 @@ def expected_error(scale: float, dtype: torch.dtype) -> float:
 
     In sixteen bits the rounding of what travels decides, because sums are wider; otherwise the rounding of long sums.
     """
-    growth = 1.0 if dtype.itemsize == 2 else 8.0
+    growth = 1.0 if dtype.itemsize == 2 else 16.0
     return growth * scale * torch.finfo(dtype).eps
 
 

@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
@@ -145,9 +146,10 @@ def simulate(  # one option per setting; Typer reads them from the signature
 ) -> None:
     """Run the main job: tenants fine-tune privately against one hosted base, run by Flower."""
     from symbiosis.clients.training import TrainingConfig  # noqa: PLC0415 - commands load what they need
+    from symbiosis.privacy.modes import privacy_report, resolve_mechanism  # noqa: PLC0415
     from symbiosis.protocols.manifest import Storage  # noqa: PLC0415
     from symbiosis.simulations.display import Display, summary  # noqa: PLC0415
-    from symbiosis.simulations.simulate import SimulationConfig, default_workdir  # noqa: PLC0415
+    from symbiosis.simulations.simulate import PRIVACY, SimulationConfig, default_workdir  # noqa: PLC0415
     from symbiosis.simulations.simulate import simulate as run_simulation  # noqa: PLC0415
 
     config = SimulationConfig(
@@ -159,6 +161,7 @@ def simulate(  # one option per setting; Typer reads them from the signature
         control=control,
         weights=_choice(Storage, weights, "way to hold weights"),
     )
+    _say_what_the_host_reads(privacy_report(resolve_mechanism(PRIVACY)), quiet=json_)
     with Display(_console, config) as display:
         result = run_simulation(config, report=display.show)
     _wide(_console if json_ else Console()).print(summary(result))
@@ -170,12 +173,15 @@ def simulate(  # one option per setting; Typer reads them from the signature
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="A TOML file; docs/train.md shows a whole one.")],
+    privacy: Annotated[str | None, typer.Option(help="The privacy mode, instead of the file's.")] = None,
     json_: Json = False,
 ) -> None:
     """Fine-tune privately on a hosted base, as a TOML file says."""
     from symbiosis.clients.finetune_config import FineTuneConfig  # noqa: PLC0415 - commands load what they need
 
     settings = FineTuneConfig.read(config)
+    if privacy is not None:
+        settings = replace(settings, base=replace(settings.base, privacy=privacy))
     _keep_to_oneself(settings.base)
     from symbiosis.clients.finetune import prepare, run  # noqa: PLC0415
     from symbiosis.clients.finetune_display import Display, summary  # noqa: PLC0415
@@ -184,6 +190,7 @@ def train(
     with contextlib.redirect_stdout(sys.stderr), Display(_console) as display:
         plan = prepare(settings)
         with _open_base(settings.base, ledger=plan.ledger) as base:
+            _say_what_the_host_reads(base.privacy, quiet=json_)
             result = run(plan, base, display.show)
     _wide(_console if json_ else Console()).print(summary(result))
     if json_:
@@ -206,7 +213,7 @@ def generate(  # one option per setting; Typer reads them from the signature
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; more draws more freely.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-    privacy: Annotated[str, typer.Option(help="The privacy mode.")] = "plaintext",
+    privacy: Annotated[str, typer.Option(help="The privacy mode; docs/privacy.md says which.")] = "plaintext",
     helper: Annotated[str | None, typer.Option(help="Address of a second host, for modes that need one.")] = None,
     record: Annotated[Path | None, typer.Option(help="An empty directory for what the host sees.")] = None,
     ledger: Annotated[Path | None, typer.Option(help="Ledger to continue or begin.")] = None,
@@ -228,6 +235,7 @@ def generate(  # one option per setting; Typer reads them from the signature
     if prompts is None and json_:
         raise ConfigurationError("--json needs prompts", "Give --prompt or --file")
     with _open_base(source, ledger=ledger) as opened:
+        _say_what_the_host_reads(opened.privacy, quiet=json_)
         with contextlib.redirect_stdout(sys.stderr):
             writer = Writer(opened, adapter)
         if prompts is None:
@@ -238,7 +246,7 @@ def generate(  # one option per setting; Typer reads them from the signature
         if json_:
             fields = {"base": opened.manifest.base, "adapter": str(adapter or ""), "ledger": str(opened.ledger)}
             traffic = {name: getattr(opened.traffic, name) for name in ("frames", "sent_bytes", "received_bytes")}
-            _print_json(fields | answered | {"traffic": traffic})
+            _print_json(fields | answered | {"traffic": traffic, "privacy": opened.privacy})
 
 
 @app.command()
@@ -526,6 +534,17 @@ def _keep_to_oneself(source: BaseSource) -> None:
     os.environ.update(dict.fromkeys(quiet | offline, "1"))
     # Libraries telling each other what they will rename is nothing that a user can act on.
     warnings.simplefilter("ignore", FutureWarning)
+
+
+def _say_what_the_host_reads(privacy: Mapping[str, Any], *, quiet: bool) -> None:
+    """One line before anything leaves, red where nothing is hidden from the host."""
+    if quiet:
+        return
+    promise = str(privacy["promise"])
+    style = "bold red" if promise.startswith("none") else "bold"
+    _console.print(
+        f"privacy {privacy['mode']}; promise: {promise}", style=style, markup=False, highlight=False, soft_wrap=True
+    )
 
 
 def _open_base(source: BaseSource, *, ledger: Path | None) -> Base:

@@ -19,6 +19,7 @@
     │   └── EnrolmentError         a certificate request that cannot be granted
     ├── PolicyError                the host does not publish, or not to this tenant
     ├── CustodyError               the egress gate refused to let something leave
+    ├── PrivacyError               rows cannot be hidden as promised any more; none left
     ├── LedgerError                the ledger cannot be written, or does not verify
     ├── TranscriptError            a recording cannot be written or read
     ├── HostUnavailableError       the host did not answer; the same call may be sent again
@@ -163,6 +164,12 @@ class CustodyError(SymbiosisError):
     """The egress gate refused to let something leave the tenant; nothing was sent."""
 
     code = "custody"
+
+
+class PrivacyError(SymbiosisError):
+    """A mechanism cannot keep its promise for these rows; they did not leave."""
+
+    code = "privacy"
 
 
 class LedgerError(SymbiosisError):

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from symbiosis.privacy import Plaintext
+from symbiosis.privacy.modes import privacy_report
 from symbiosis.protocols.manifest import Orientation, Storage
 from symbiosis.protocols.messages import Direction, Segment
 from symbiosis.server.linear import multiply
@@ -101,7 +103,14 @@ def test_a_simulation_holds_them_and_prints_the_effect_on_the_loss(tmp_path: Pat
         ("float", "differs"),
     ):
         result = SimulationResult(
-            tenants=(tenant,), rounds=1, base="builtin", seconds=1.0, directory=".", training={}, weights=weights
+            tenants=(tenant,),
+            rounds=1,
+            base="builtin",
+            seconds=1.0,
+            directory=".",
+            training={},
+            privacy=privacy_report(Plaintext()),
+            weights=weights,
         )
         console = Console(width=140, record=True, file=io.StringIO())
         console.print(summary(result))

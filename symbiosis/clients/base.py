@@ -78,6 +78,11 @@ class Base:
         return self._session.traffic
 
     @property
+    def privacy(self) -> dict[str, Any]:
+        """How rows are hidden from the host: `mode`, `promise`, and the mechanism's figures so far."""
+        return self._session.privacy
+
+    @property
     def downloaded(self) -> tuple[str, ...]:
         """Hosted weights whose numbers an operation needed and the host's policy let be downloaded."""
         return self._half.downloaded

@@ -14,7 +14,8 @@ from symbiosis.clients.retry import RetryConfig
 from symbiosis.clients.session import Session
 from symbiosis.errors import ConfigurationError, UnsupportedError
 from symbiosis.privacy.ledger import Ledger
-from symbiosis.privacy.mechanism import Mechanism, resolve_mechanism
+from symbiosis.privacy.mechanism import Mechanism
+from symbiosis.privacy.modes import resolve_mechanism
 from symbiosis.protocols.grpc_client import GrpcTransport
 from symbiosis.protocols.identity import Credentials, tenant_of
 from symbiosis.protocols.identity_directory import load_credentials

@@ -118,7 +118,7 @@ def _result(
         losses=losses,
         losses_held_out=by_step,
         seconds=round(seconds, 3),
-        privacy=plan.config.base.privacy,
+        privacy=base.privacy,
         frames=traffic.frames,
         bytes_sent=traffic.sent_bytes,
         bytes_received=traffic.received_bytes,

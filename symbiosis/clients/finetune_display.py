@@ -10,7 +10,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from symbiosis.clients.finetune_result import PRIVACY_MEANING, FineTuneResult
+from symbiosis.clients.finetune_result import FineTuneResult, privacy_meaning
 from symbiosis.clients.finetune_trainer import Progress
 
 
@@ -65,8 +65,9 @@ def summary(result: FineTuneResult) -> RenderableType:
     for name, value in rows.items():
         table.add_row(name, value)
     plot = result.plot or "none: matplotlib is not installed (pip install 'symbiosis-peft[train]')"
-    meaning = PRIVACY_MEANING.get(result.privacy, "")
-    return Group(table, Text(f"Loss plot: {plot}"), Text(f"Privacy: {result.privacy}. {meaning}", style="bold red"))
+    said = f"Privacy: {result.privacy['mode']}. {privacy_meaning(result.privacy)}"
+    hidden = not str(result.privacy["promise"]).startswith("none")
+    return Group(table, Text(f"Loss plot: {plot}"), Text(said, style="bold" if hidden else "bold red"))
 
 
 def _held_out(result: FineTuneResult) -> str:

@@ -49,7 +49,8 @@ class FineTuneResult:
     losses_held_out: tuple[tuple[int, float], ...]
     seconds: float
     """Of this process, as are the figures of traffic; the ledger has all."""
-    privacy: str
+    privacy: Mapping[str, Any]
+    """How rows were hidden from the host: `mode`, `promise`, and the mechanism's figures of this process."""
     frames: int
     bytes_sent: int
     bytes_received: int
@@ -72,6 +73,15 @@ class FineTuneResult:
         """The object that `symbiosis train --json` prints. JSON knows no infinity: such a loss is `null`."""
         fields = asdict(self) | {"sound": self.sound}
         return {name: _finite(value) for name, value in fields.items()}
+
+
+def privacy_meaning(privacy: Mapping[str, Any]) -> str:
+    """What a privacy mode and its figures mean, in sentences."""
+    meaning = PRIVACY_MEANING.get(privacy["mode"], f"The mode promises {privacy['promise']}.")
+    if "epsilon" not in privacy:
+        return meaning
+    epsilon = "no bound" if privacy["epsilon"] is None else f"{privacy['epsilon']:.3g}"
+    return f"{meaning} Epsilon is {epsilon} at delta {privacy['delta']:g}, over {privacy['releases']:,} messages."
 
 
 def write_result(result: FineTuneResult, settings: Mapping[str, Any]) -> None:
@@ -114,7 +124,7 @@ def model_card(result: FineTuneResult) -> str:
         if result.loss_before is not None and result.loss_after is not None
         else "nothing was held out"
     )
-    meaning = PRIVACY_MEANING.get(result.privacy, "The documentation of the mode says what it promises.")
+    meaning = privacy_meaning(result.privacy)
     picture = f"\n![losses]({PLOT_NAME})\n" if result.plot else ""
     return f"""---
 library_name: peft
@@ -137,7 +147,7 @@ A plain PEFT adapter for `{result.base}` ({result.architecture}), fine-tuned by 
 | data | {result.examples_train:,} sequences ({result.format}), private |
 | steps | {result.steps:,} |
 | loss (nats per token) | training {result.loss_train:.4f}; {held_out} |
-| privacy mode | `{result.privacy}` |
+| privacy mode | `{result.privacy["mode"]}` |
 | traffic | {result.frames:,} messages, {result.bytes_sent:,} bytes sent, {result.bytes_received:,} bytes received |
 | ledger | {result.ledger_entries:,} entries, {result.ledger_bytes:,} bytes left; head `{result.ledger_head}` |
 
@@ -149,4 +159,6 @@ Check the ledger with `symbiosis audit verify`; its head must be the one above o
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

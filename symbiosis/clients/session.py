@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import secrets
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from symbiosis.clients.gate import EgressGate
 from symbiosis.clients.retry import Patience, RetryConfig
 from symbiosis.errors import FrameError, OverloadedError, ProtocolError, VersionError
 from symbiosis.privacy.mechanism import Group, Helper, Mechanism
+from symbiosis.privacy.modes import privacy_report
 from symbiosis.protocols.canonical import sha256_hex
 from symbiosis.protocols.codec import Reply, Request, encode_request
 from symbiosis.protocols.facts import Facts, facts_byte_count, facts_from_bytes
@@ -110,6 +112,12 @@ class Session:
                 rows=self._rows,
             )
 
+    @property
+    def privacy(self) -> dict[str, Any]:
+        """How rows are hidden, what that promises, and the mechanism's figures so far."""
+        with self._lock:
+            return privacy_report(self._mechanism)
+
     def multiply(
         self,
         layers: tuple[int, ...],
@@ -188,9 +196,21 @@ class Session:
     def _hidden_call(self, rows_TI: torch.Tensor, group: Group) -> torch.Tensor:
         with self._lock:
             concealed = self._mechanism.conceal(rows_TI, group)
-            answer_TO = self.call(concealed.rows, group)
+            segments = group.segments if concealed.segments is None else concealed.segments
+            answer_TO = self.calls(concealed.rows, replace(group, segments=segments))
             self._rows += rows_TI.shape[0]
             return concealed.reveal(answer_TO)
+
+    def calls(self, rows_TI: torch.Tensor, group: Group) -> torch.Tensor:
+        """Rows that leave as they are: in one message, or in several where hiding made them too long for one.
+
+        For mechanisms. Otherwise as `multiply`.
+        """
+        widest = max(rows_TI.shape[1], _require(self.manifest).widths(group.layers, group.direction)[1])
+        pieces = split_rows(rows_TI, group.segments, widest=widest, max_bytes=self._max_message_bytes)
+        with self._lock:
+            answers = [self.call(piece, replace(group, segments=part)) for piece, part in pieces]
+        return answers[0] if len(answers) == 1 else torch.cat(answers)
 
     def call(self, rows_TI: torch.Tensor, group: Group) -> torch.Tensor:
         """One message of rows that leave as they are; for mechanisms. Otherwise as `multiply`."""
@@ -266,7 +286,7 @@ class _Link:
         return self._session.facts(layer)
 
     def multiply(self, rows_TI: torch.Tensor, group: Group) -> torch.Tensor:
-        return self._session.call(rows_TI, group)
+        return self._session.calls(rows_TI, group)
 
 
 def _require(manifest: Manifest | None) -> Manifest:

@@ -11,13 +11,34 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from symbiosis.privacy.additive import Additive, AdditiveConfig
+    from symbiosis.privacy.gaussian import Gaussian, GaussianConfig
     from symbiosis.privacy.mechanism import Mechanism, Plaintext
+    from symbiosis.privacy.mixing import Mixing, MixingConfig
     from symbiosis.privacy.transcript import RecordedFrame, Transcript, read_transcript
 
-__all__ = ["Mechanism", "Plaintext", "RecordedFrame", "Transcript", "read_transcript"]
+__all__ = [
+    "Additive",
+    "AdditiveConfig",
+    "Gaussian",
+    "GaussianConfig",
+    "Mechanism",
+    "Mixing",
+    "MixingConfig",
+    "Plaintext",
+    "RecordedFrame",
+    "Transcript",
+    "read_transcript",
+]
 
 _HOMES = {
+    "Additive": "symbiosis.privacy.additive",
+    "AdditiveConfig": "symbiosis.privacy.additive",
+    "Gaussian": "symbiosis.privacy.gaussian",
+    "GaussianConfig": "symbiosis.privacy.gaussian",
     "Mechanism": "symbiosis.privacy.mechanism",
+    "Mixing": "symbiosis.privacy.mixing",
+    "MixingConfig": "symbiosis.privacy.mixing",
     "Plaintext": "symbiosis.privacy.mechanism",
     "RecordedFrame": "symbiosis.privacy.transcript",
     "Transcript": "symbiosis.privacy.transcript",

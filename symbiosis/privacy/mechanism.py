@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from symbiosis.errors import UnsupportedError
 from symbiosis.protocols.facts import Facts
 from symbiosis.protocols.manifest import Manifest
 from symbiosis.protocols.messages import Direction, Segment
@@ -37,9 +36,12 @@ class Concealed:
     """Rows that may leave, and the way back from the host's answer to them."""
 
     rows: torch.Tensor
-    """`(T, I)`, of a dtype that the wire carries; as many rows as were given, or more, or fewer."""
+    """`(T, I)`, of a dtype that the wire carries; as many rows as were given, or more, or fewer. They leave in as many
+    messages as their bytes need."""
     reveal: Callable[[torch.Tensor], torch.Tensor]
     """From the answer `(rows, O)`, of the dtype of `rows`, to the product of the true rows, `(T, O)` of their dtype."""
+    segments: tuple[Segment, ...] | None = None
+    """Which matrix of a stack each of `rows` meets; `None` where those of the group still hold."""
 
 
 class Helper(Protocol):
@@ -100,6 +102,10 @@ class Mechanism(Protocol):
         """
         ...
 
+    def report(self) -> dict[str, Any]:
+        """Figures of the session so far, as JSON has them: what results and reports print beside the promise."""
+        ...
+
     def close(self) -> None:
         """The session ended."""
         ...
@@ -114,7 +120,7 @@ class Plaintext:
     """
 
     name = "plaintext"
-    promise = "none: the host can read text, labels and adapter from the rows"
+    promise = "none: the host reads every row, and can infer text, labels and adapter from them"
     needs_helper = False
 
     def begin(self, link: Link) -> None:
@@ -124,22 +130,13 @@ class Plaintext:
         """The rows as they are."""
         return Concealed(rows=rows_TI, reveal=_as_it_is)
 
+    def report(self) -> dict[str, Any]:
+        """Nothing to count."""
+        return {}
+
     def close(self) -> None:
         """Nothing to end."""
 
 
 def _as_it_is(answer_TO: torch.Tensor) -> torch.Tensor:
     return answer_TO
-
-
-def resolve_mechanism(privacy: str | Mechanism) -> Mechanism:
-    """The mechanism for a mode's name; a configured mechanism passes as it is.
-
-    Raises:
-        UnsupportedError: no mode of that name.
-    """
-    if not isinstance(privacy, str):
-        return privacy
-    if privacy == Plaintext.name:
-        return Plaintext()
-    raise UnsupportedError(f"there is no privacy mode {privacy!r} in this version", f"Available: {Plaintext.name!r}")

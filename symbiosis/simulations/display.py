@@ -122,7 +122,7 @@ def summary(result: SimulationResult) -> RenderableType:
     parts.append(Text(f"Loss plot: {directory / 'losses.png'}   All figures: {directory / 'result.json'}"))
     parts.append(
         Text(
-            "Privacy: plaintext. The host read every row; text, labels and adapters can be inferred from them.",
+            f"Privacy: {result.privacy['mode']}. Promise: {result.privacy['promise']}.",
             style="bold red",
         )
     )

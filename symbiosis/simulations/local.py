@@ -16,7 +16,8 @@ from symbiosis.clients.gate import EgressGate
 from symbiosis.clients.session import Session
 from symbiosis.errors import ConfigurationError, UnsupportedError
 from symbiosis.privacy.ledger import Ledger
-from symbiosis.privacy.mechanism import Mechanism, resolve_mechanism
+from symbiosis.privacy.mechanism import Mechanism
+from symbiosis.privacy.modes import resolve_mechanism
 from symbiosis.protocols.authority import Authority
 from symbiosis.protocols.identity_directory import create_request, install_certificate
 from symbiosis.protocols.inprocess import InProcessTransport

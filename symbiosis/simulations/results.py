@@ -83,6 +83,8 @@ class SimulationResult:
     seconds: float
     directory: str
     training: Mapping[str, Any]
+    privacy: Mapping[str, Any]
+    """How rows were hidden from the host: `mode` and `promise`."""
     weights: str = "float"
     """In what the host held the base; the local run's are always as they came."""
 

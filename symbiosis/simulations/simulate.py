@@ -16,6 +16,7 @@ from typing import Any
 
 from symbiosis.clients.training import TrainingConfig
 from symbiosis.errors import ConfigurationError, SimulationError, UnknownBaseError
+from symbiosis.privacy.modes import privacy_report, resolve_mechanism
 from symbiosis.protocols.manifest import Storage
 from symbiosis.simulations.builtin import BUILTIN, resolve_base
 from symbiosis.simulations.corpora import HELD_OUT_PACKAGES
@@ -28,6 +29,8 @@ _log = logging.getLogger(__name__)
 Event = Mapping[str, Any]
 """One line of the server's `events.jsonl`, or one of this module's own (`control-started`, `control`)."""
 
+PRIVACY = "plaintext"
+"""The mode of every simulated tenant, which is what `apps.client_app` has."""
 _TICK_S = 0.3
 _STATUS_EVERY_S = 30.0
 """How often Flower is asked whether the run is over while the server's own events do not say so (seconds)."""
@@ -90,6 +93,7 @@ def simulate(config: SimulationConfig, *, report: Callable[[Event], None] = lamb
         seconds=round(time.monotonic() - started, 1),
         directory=str(workdir),
         training=asdict(config.training),
+        privacy=privacy_report(resolve_mechanism(PRIVACY)),
         weights=config.weights.value,
     )
     write_result(result, workdir)

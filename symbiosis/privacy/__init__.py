@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from symbiosis.privacy.mechanism import Mechanism, Plaintext
+    from symbiosis.privacy.pad import Pad, PadConfig
     from symbiosis.privacy.transcript import RecordedFrame, Transcript, read_transcript
 
-__all__ = ["Mechanism", "Plaintext", "RecordedFrame", "Transcript", "read_transcript"]
+__all__ = ["Mechanism", "Pad", "PadConfig", "Plaintext", "RecordedFrame", "Transcript", "read_transcript"]
 
 _HOMES = {
     "Mechanism": "symbiosis.privacy.mechanism",
+    "Pad": "symbiosis.privacy.pad",
+    "PadConfig": "symbiosis.privacy.pad",
     "Plaintext": "symbiosis.privacy.mechanism",
     "RecordedFrame": "symbiosis.privacy.transcript",
     "Transcript": "symbiosis.privacy.transcript",

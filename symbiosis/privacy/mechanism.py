@@ -142,4 +142,10 @@ def resolve_mechanism(privacy: str | Mechanism) -> Mechanism:
         return privacy
     if privacy == Plaintext.name:
         return Plaintext()
-    raise UnsupportedError(f"there is no privacy mode {privacy!r} in this version", f"Available: {Plaintext.name!r}")
+    if privacy == "pad":
+        from symbiosis.privacy.pad import Pad  # noqa: PLC0415 - it imports this module
+
+        return Pad()
+    raise UnsupportedError(
+        f"there is no privacy mode {privacy!r} in this version", f"Available: {Plaintext.name!r}, 'pad'"
+    )

@@ -57,6 +57,10 @@ class InProcessTransport:
         answer_bytes = rows * width * request.rows.element_size()
         return handler.admit(self._tenant, byte_count=request.rows.nbytes + answer_bytes, rows=rows)
 
+    def peer(self) -> str:
+        """See `Transport.peer`; here, which object answers."""
+        return f"inprocess:{id(self._handler)}"
+
     def close(self) -> None:
         """Let go of the host."""
         self._handler = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from symbiosis.protocols.field import P
 
 from symbiosis.privacy.freivalds import (
     REPETITIONS,
@@ -16,7 +17,6 @@ from symbiosis.privacy.freivalds import (
     halved,
 )
 from symbiosis.protocols import field
-from symbiosis.protocols.field import P
 from symbiosis.protocols.messages import Segment
 
 
@@ -31,9 +31,7 @@ def exact(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    seed=st.integers(0, 2**16), rows=st.integers(1, 5), width=st.integers(1, 40), largest=st.booleans()
-)
+@given(seed=st.integers(0, 2**16), rows=st.integers(1, 5), width=st.integers(1, 40), largest=st.booleans())
 def test_products_in_the_field_are_exact(seed: int, rows: int, width: int, largest: bool) -> None:
     a, s = elements(seed, rows, width), elements(seed + 1, REPETITIONS, width)
     if largest:

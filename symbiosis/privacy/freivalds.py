@@ -139,4 +139,5 @@ def check_float(
     residual_TK = (wide_TO @ signs_OK - rows_TI.to(torch.float64) @ images_IK).abs()
     deviations = math.sqrt(2 * math.log(2 * signs_OK.shape[1] / false_alarms))
     threshold_T1 = deviations * relative_error * torch.linalg.vector_norm(wide_TO, dim=1, keepdim=True)
-    return (residual_TK <= threshold_T1).all(dim=1)
+    passes_T: torch.Tensor = (residual_TK <= threshold_T1).all(dim=1)
+    return passes_T

@@ -12,6 +12,7 @@
     │   ├── ShapeError             rows whose width or count the layer does not take
     │   ├── DtypeError             a dtype that the wire does not carry
     │   ├── NonFiniteError         NaN or infinite rows
+    │   ├── FieldError             numbers that are no field elements, or a pad that cannot be drawn
     │   └── VersionError           the two sides speak different protocol versions
     ├── IdentityError              who is speaking is not settled; never retried
     │   ├── CertificateError       missing, expired, foreign or malformed certificate or key
@@ -121,6 +122,12 @@ class NonFiniteError(ProtocolError):
     """Rows that hold NaN or an infinity; they are refused before they can meet another tenant's rows."""
 
     code = "non-finite"
+
+
+class FieldError(ProtocolError):
+    """Rows of field elements that hold another number, or a pad that cannot be drawn from what was given."""
+
+    code = "field"
 
 
 class VersionError(ProtocolError):

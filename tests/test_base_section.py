@@ -13,14 +13,14 @@ from symbiosis.clients.experts import Experts
 from symbiosis.clients.finetune_config import CHOICES, BaseSource
 from symbiosis.errors import ConfigurationError
 from symbiosis.protocols.manifest import Publish, Storage
-from symbiosis.protocols.messages import WIRE_DTYPES, dtype_name
+from symbiosis.protocols.messages import FLOAT_DTYPES, dtype_name
 from symbiosis.simulations import local_base
 
 
 def test_the_choices_are_those_of_the_host() -> None:
     assert set(CHOICES["publish"]) == {policy.value for policy in Publish} - {Publish.NOTHING.value}
     assert set(CHOICES["weights"]) == {storage.value for storage in Storage}
-    assert set(CHOICES["dtype"]) == {"auto", *map(dtype_name, WIRE_DTYPES)}
+    assert set(CHOICES["dtype"]) == {"auto", *map(dtype_name, FLOAT_DTYPES)}
     assert set(CHOICES["experts"]) == {choice.value for choice in Experts}
 
 

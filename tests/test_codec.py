@@ -63,6 +63,7 @@ from symbiosis.protocols.messages import (
     BlobKind,
     Call,
     Direction,
+    Draw,
     Fetch,
     Hello,
     Segment,
@@ -149,6 +150,13 @@ def random_rows(rows: int, width: int, dtype: torch.dtype, seed: int) -> torch.T
 
 counts = st.integers(0, 2**64 - 1)
 dtypes = st.sampled_from(WIRE_DTYPES)
+WIRE_NAMES = {
+    torch.float32: "FLOAT32",
+    torch.float64: "FLOAT64",
+    torch.float16: "FLOAT16",
+    torch.bfloat16: "BFLOAT16",
+    torch.uint32: "FIELD32",
+}
 directions = st.sampled_from(Direction)
 short_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 
@@ -168,7 +176,17 @@ calls = st.builds(
     # Whether they fit the layers is the manifest's to say, not the codec's.
     st.lists(st.builds(Segment, matrix=st.integers(0, 2**32 - 1), rows=counts), max_size=4),
 )
+draws = st.builds(
+    Draw,
+    number=counts,
+    key=st.binary(min_size=32, max_size=32),
+    layers=st.sampled_from([(0,), (1, 0), (2,)]),
+    direction=directions,
+    rows=st.integers(1, 40),
+    segments=st.lists(st.builds(Segment, matrix=st.integers(0, 2**32 - 1), rows=counts), max_size=4).map(tuple),
+)
 requests = st.one_of(
+    draws,
     st.builds(
         Hello, protocol=st.integers(0, 2**32 - 1), release=short_text, session=st.binary(min_size=16, max_size=16)
     ),
@@ -232,7 +250,7 @@ def test_the_header_of_a_call_is_protobufs(
             number=number,
             layers=layers,
             direction=pb.Direction.Value(f"DIRECTION_{direction.name}"),
-            dtype=pb.Dtype.Value(f"DTYPE_{str(dtype).removeprefix('torch.').upper()}"),
+            dtype=pb.Dtype.Value(f"DTYPE_{WIRE_NAMES[dtype]}"),
             rows=rows,
             width=width,
             byte_count=byte_count,
@@ -347,7 +365,7 @@ def test_trailing_bytes_are_refused(extra: bytes) -> None:
 
 @given(message=st.one_of(requests, replies), extra=st.binary(min_size=1, max_size=9))
 def test_no_message_of_any_kind_takes_more_than_it_announced(message: Request | Reply, extra: bytes) -> None:
-    is_request = isinstance(message, Hello | Call | Fetch)
+    is_request = isinstance(message, Hello | Call | Draw | Fetch)
     encoded = encode_request(message) if is_request else encode_reply(message)
     *chunks, last = encoded.chunks()
     with pytest.raises(FrameError):
@@ -417,6 +435,68 @@ def test_a_flipped_byte_is_a_message_or_a_protocol_error(data: st.DataObject, me
     for make in (host_side, tenant_side):
         with suppress(ProtocolError):
             make(1 << 16).feed(bytes(whole))
+
+
+# --- draws: calls without a payload
+
+DRAW = Draw(number=4, key=bytes(range(32)), layers=(0, 1), direction=Direction.FORWARD, rows=3)
+
+
+def test_a_draw_is_admitted_for_its_pad_and_its_answer() -> None:
+    asked: list[tuple[int, int]] = []
+    for direction in Direction:
+        draw = dataclasses.replace(DRAW, direction=direction)
+        encoded = encode_request(draw)
+        assert encoded.chunk_count == 1
+        assert not encoded.payload
+        side = host_side(admit=lambda *, byte_count, rows: asked.append((byte_count, rows)))
+        assert feed_all(side, list(encoded.chunks())) == [draw]
+    assert asked == [(3 * (WIDTH + 24) * 4, 3)] * 2
+
+
+def test_a_draw_that_is_not_admitted_is_refused_and_the_stream_goes_on() -> None:
+    assembler = host_side(admit=full_for(3))
+    (refusal,) = feed_all(assembler, list(encode_request(DRAW).chunks()))
+    assert refusal == Refusal(number=4, code="overloaded", message="full", next_action="wait", retry_after_ms=250)
+    shorter = dataclasses.replace(DRAW, rows=2)
+    assert feed_all(assembler, list(encode_request(shorter).chunks())) == [shorter]
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"key": bytes(31)}, FrameError),
+        ({"key": bytes(33)}, FrameError),
+        ({"rows": 0}, ShapeError),
+        ({"rows": MAX_MESSAGE_BYTES // 4 // WIDTH + 1}, FrameError),
+        ({"rows": 2**64 - 1}, FrameError),
+        ({"layers": ()}, UnknownLayerError),
+        ({"layers": (0, 2)}, ShapeError),
+    ],
+)
+def test_a_draw_that_is_none_is_refused_before_room_is_made(change: dict[str, Any], error: type[ProtocolError]) -> None:
+    asked: list[int] = []
+    side = host_side(admit=lambda *, byte_count, rows: asked.append(rows))
+    with pytest.raises(error):
+        feed_all(side, list(encode_request(dataclasses.replace(DRAW, **change)).chunks()))
+    assert asked == []
+
+
+def test_a_draw_of_a_short_pad_and_a_long_answer_is_refused() -> None:
+    rows = MAX_MESSAGE_BYTES // 4 // 40 + 1  # layer 2 takes 40 in, gives 8 out
+    draw = dataclasses.replace(DRAW, layers=(2,), direction=Direction.BACKWARD, rows=rows)
+    with pytest.raises(FrameError):
+        feed_all(host_side(), list(encode_request(draw).chunks()))
+
+
+def test_a_draw_without_a_direction_is_refused() -> None:
+    header = pb.RequestHeader(draw=pb.Draw(number=1, layers=[0], rows=1, key=bytes(32)))
+    with pytest.raises(FrameError):
+        host_side().feed(chunk(header.SerializeToString()))
+
+
+def test_a_key_is_not_printed() -> None:
+    assert "key" not in repr(DRAW)
 
 
 # --- calls that are not admitted

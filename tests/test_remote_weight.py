@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from symbiosis.clients import RemoteWeight, is_remote
 from symbiosis.errors import DtypeError, NonFiniteError, PolicyError, RemoteWeightError, ShapeError, SymbiosisError
 from symbiosis.protocols.manifest import Publish
-from symbiosis.protocols.messages import WIRE_DTYPES
+from symbiosis.protocols.messages import FLOAT_DTYPES
 
 OUT_IN = "model.layers.0.mlp.gate_proj.weight"  # (48, 32), y = x Wᵀ
 IN_OUT = "transformer.h.1.mlp.c_fc.weight"  # (32, 128), y = x W
@@ -133,7 +133,7 @@ def test_its_transpose(hosted: Hosted, flip: Callable[[torch.Tensor], torch.Tens
     assert close(F.linear(rows, flipped.T), rows.double() @ hosted.exact.T)
 
 
-@pytest.mark.parametrize("dtype", WIRE_DTYPES)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_a_dtype_is_what_the_tenant_calls_it(hosted: Hosted, dtype: torch.dtype) -> None:
     for moved in (hosted.weight.to(dtype), hosted.weight.type(dtype), hosted.weight.to(torch.empty(0, dtype=dtype))):
         assert is_remote(moved)
@@ -302,7 +302,7 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.float16: 1e-3, tor
 
 @given(
     leading=st.lists(st.integers(0, 4), max_size=3),
-    dtype=st.sampled_from(WIRE_DTYPES),
+    dtype=st.sampled_from(FLOAT_DTYPES),
     forward=st.booleans(),
     scale=st.sampled_from([1e-3, 1.0, 30.0]),
     strided=st.booleans(),

@@ -25,30 +25,35 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from symbiosis.clients.gate import EgressGate
 from symbiosis.clients.session import Session
 from symbiosis.errors import (
+    FieldError,
     HostFailureError,
     HostUnavailableError,
     NonFiniteError,
+    OverloadedError,
     PolicyError,
     SymbiosisError,
     UnknownLayerError,
+    UnsupportedError,
     VersionError,
 )
 from symbiosis.privacy import Plaintext
 from symbiosis.privacy.ledger import Ledger
 from symbiosis.protocols.canonical import sha256_hex
 from symbiosis.protocols.codec import Reply, Request, encode_request
+from symbiosis.protocols.field import P, draw
 from symbiosis.protocols.grpc_client import GrpcTransport
 from symbiosis.protocols.identity_directory import load_credentials
 from symbiosis.protocols.inprocess import InProcessTransport
 from symbiosis.protocols.limits import MAX_MESSAGE_BYTES
-from symbiosis.protocols.manifest import Orientation
+from symbiosis.protocols.manifest import Orientation, Storage
 from symbiosis.protocols.messages import (
-    WIRE_DTYPES,
+    FLOAT_DTYPES,
     Answer,
     Blob,
     BlobKind,
     Call,
     Direction,
+    Draw,
     Fetch,
     Hello,
     Segment,
@@ -149,7 +154,7 @@ def test_a_greeting(reach: Reach, host: Host) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 37])
-@pytest.mark.parametrize("dtype", WIRE_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_products(dtype: torch.dtype, rows: int, open_session: Open, host: Host, model: PreTrainedModel) -> None:
     session = open_session(host)
     for names in ((WEIGHT,), SIBLINGS):
@@ -202,6 +207,122 @@ def test_an_answer_stays_as_it_was(open_session: Open, host: Host) -> None:
     assert torch.equal(first, kept)
     first.zero_()  # it is the tenant's own
     assert torch.equal(session.multiply(layers, Direction.FORWARD, torch.ones(3, 48)), kept)
+
+
+# --- field elements, and pads that the host draws
+
+
+@pytest.fixture
+def exact_host(model: PreTrainedModel) -> Iterator[Host]:
+    with Host(host_model(model, name="exact", storage=Storage.INT8)) as host:
+        yield host
+
+
+def positions(host: Host, *names: str) -> tuple[int, ...]:
+    return tuple(host.base.manifest.position(name) for name in names)
+
+
+def exact_product(pad: torch.Tensor, stored_OI: torch.Tensor, direction: Direction) -> list[list[int]]:
+    """The product with the integers of int8 weights modulo P, by Python's integers."""
+    matrix = stored_OI.numpy().astype(object)
+    return ((pad.numpy().astype(object) @ (matrix.T if direction is Direction.FORWARD else matrix)) % P).tolist()
+
+
+@pytest.mark.parametrize("direction", Direction, ids=lambda direction: direction.value)
+@pytest.mark.parametrize("names", [(WEIGHT,), SIBLINGS], ids=["one", "siblings"])
+def test_a_pad_that_is_drawn_is_the_pad_that_is_sent(
+    names: tuple[str, ...], direction: Direction, reach: Reach, exact_host: Host
+) -> None:
+    transport = reach(exact_host)
+    greet(transport)
+    layers = positions(exact_host, *names)
+    width, out_width = exact_host.base.manifest.widths(layers, direction)
+    stored_OI = torch.cat([weight.stored for weight in exact_host.base.group(layers)])
+    for number, rows in enumerate((1, 5, 300), start=1):
+        key = bytes([number, *range(31)])
+        pad = draw(key, rows=rows, width=width)
+        sent = exchange(transport, Call(number=2 * number, layers=layers, direction=direction, rows=pad))
+        drawn = exchange(transport, Draw(number=2 * number + 1, key=key, layers=layers, direction=direction, rows=rows))
+        for answer, own in ((sent, 2 * number), (drawn, 2 * number + 1)):
+            assert isinstance(answer, Answer)
+            assert (answer.number, answer.rows.dtype, answer.rows.shape) == (own, torch.uint32, (rows, out_width))
+            assert answer.rows.tolist() == exact_product(pad, stored_OI, direction)
+
+
+def test_a_pad_for_a_stack(reach: Reach) -> None:
+    with Host(host_model(frozen_mixtral(), name="mixture", storage=Storage.INT8)) as host:
+        transport = reach(host)
+        greet(transport)
+        position = next(number for number, layer in enumerate(host.base.manifest.layers) if layer.matrices)
+        segments = (Segment(matrix=2, rows=3), Segment(matrix=0, rows=1), Segment(matrix=2, rows=2))
+        for number, direction in enumerate(Direction, start=1):
+            width, _ = host.base.manifest.widths((position,), direction)
+            request = Draw(
+                number=number, key=bytes(32), layers=(position,), direction=direction, rows=6, segments=segments
+            )
+            answer = exchange(transport, request)
+            assert isinstance(answer, Answer)
+            stack, start = host.base.weights[position].in_out().mT, 0
+            pad = draw(bytes(32), rows=6, width=width)
+            for segment in segments:
+                part = slice(start, start + segment.rows)
+                assert answer.rows[part].tolist() == exact_product(pad[part], stack[segment.matrix], direction)
+                start += segment.rows
+
+
+def test_what_a_host_of_floats_says_to_field_elements(reach: Reach, host: Host) -> None:
+    transport = reach(host)
+    greet(transport)
+    layers = positions(host, WEIGHT)
+    pad = draw(bytes(32), rows=2, width=48)
+    for request in (
+        Call(number=1, layers=layers, direction=Direction.FORWARD, rows=pad),
+        Draw(number=2, key=bytes(32), layers=layers, direction=Direction.FORWARD, rows=2),
+    ):
+        with pytest.raises(UnsupportedError) as caught:
+            exchange(transport, request)
+        assert "--weights int8" in caught.value.next_action
+
+
+def test_a_number_that_is_no_field_element_is_refused(reach: Reach, exact_host: Host) -> None:
+    transport = reach(exact_host)
+    greet(transport)
+    rows = torch.tensor([[0] * 48, [P - 1] * 47 + [P]]).to(torch.int32).view(torch.uint32)
+    with pytest.raises(FieldError, match="row 1 of 2"):
+        exchange(
+            transport,
+            Call(number=1, layers=positions(exact_host, WEIGHT), direction=Direction.FORWARD, rows=rows),
+        )
+
+
+def test_a_draw_waits_for_room_like_the_call_that_it_stands_for(reach: Reach, exact_host: Host) -> None:
+    transport = reach(exact_host)
+    greet(transport)
+    request = Draw(number=1, key=bytes(32), layers=positions(exact_host, WEIGHT), direction=Direction.FORWARD, rows=9)
+    assert exact_host.in_flight_bytes == 0
+    with exact_host.admit("acme", byte_count=256 << 20, rows=1), pytest.raises(OverloadedError):
+        exchange(transport, request)
+    assert isinstance(exchange(transport, request), Answer)
+
+
+def test_tenants_whose_field_elements_are_multiplied_together(reach: Reach, exact_host: Host) -> None:
+    layers = positions(exact_host, WEIGHT)
+    stored_OI = exact_host.base.group(layers)[0].stored
+
+    def asks(transport: Transport, key: bytes) -> bool:
+        pad = draw(key, rows=3, width=48)
+        reply = exchange(transport, Call(number=1, layers=layers, direction=Direction.FORWARD, rows=pad))
+        assert isinstance(reply, Answer)
+        return reply.rows.tolist() == exact_product(pad, stored_OI, Direction.FORWARD)
+
+    transports = [reach(exact_host, f"tenant-{number}") for number in range(4)]
+    for transport in transports:
+        greet(transport)
+    pieces = [
+        lambda transport=transport, key=bytes([number] * 32): asks(transport, key)
+        for number, transport in enumerate(transports)
+    ]
+    assert failures_of(*pieces, times=20) == 0
 
 
 def test_fetches(open_session: Open, host: Host) -> None:

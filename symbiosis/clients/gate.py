@@ -2,8 +2,8 @@
 
 The rules of custody, numbered where they are enforced (docs/custody.md says what each one is for):
 
-1. only declared kinds of messages leave: hello, call, fetch, and Flower messages of whitelisted scalars;
-2. a call's layers, row width, dtype and finiteness agree with the host's manifest;
+1. only declared kinds of messages leave: hello, call, draw, fetch, and Flower messages of whitelisted scalars;
+2. a call's layers, row width, dtype and finiteness agree with the host's manifest, and so do a draw's layers and rows;
 3. what is sent is the message and nothing else, byte for byte: a call's payload is its rows; of rows that are handed
    over on a device the gate makes the bytes itself, from a copy of its own;
 4. message numbers increase, so that none is ever used twice; only the very bytes that left last may leave again,
@@ -26,8 +26,9 @@ from symbiosis.errors import CustodyError
 from symbiosis.privacy.ledger import Ledger
 from symbiosis.protocols.canonical import canonical_json, sha256_hex
 from symbiosis.protocols.codec import Encoded, Request, encode_request
+from symbiosis.protocols.field import KEY_BYTES
 from symbiosis.protocols.manifest import Manifest, Publish
-from symbiosis.protocols.messages import BlobKind, Call, Fetch, Hello, check_rows, dtype_name
+from symbiosis.protocols.messages import BlobKind, Call, Draw, Fetch, Hello, check_rows, dtype_name
 from symbiosis.protocols.transcript import TranscriptWriter
 
 Scalar = bool | int | float | str
@@ -82,6 +83,9 @@ class EgressGate:
                 case Call():
                     self._check_number(request.number)
                     encoded = self._admit_call(request, encoded, manifest)
+                case Draw():
+                    self._check_number(request.number)
+                    encoded = self._admit_draw(request, encoded, manifest)
                 case _:
                     raise CustodyError(f"a message of kind {type(request).__name__} may not leave")  # rule 1
             return encoded
@@ -121,7 +125,7 @@ class EgressGate:
             self._transcript.close()
 
     def admit_again(self, encoded: Encoded) -> None:
-        """Let the call or fetch that left last leave once more, after a refusal for want of room.
+        """Let the call, draw or fetch that left last leave once more, after a refusal for want of room.
 
         It is entered like the first time, with `retry` in its detail; a recording does not repeat it.
 
@@ -141,15 +145,14 @@ class EgressGate:
             self._enter(last.kind, encoded, **(last.fields | {"detail": detail}))
 
     def _admit_call(self, call: Call, encoded: Encoded | None, manifest: Manifest | None) -> Encoded:
-        if manifest is None:
-            raise CustodyError("rows may not leave before the host's manifest is known", "Open the session first")
+        manifest = _known(manifest)
         width, _ = manifest.widths(call.layers, call.direction)
         check_rows(call.rows, width=width)  # rule 2
         manifest.check_segments(call.layers, call.segments, rows=call.rows.shape[0])  # rule 2
         if encoded is None:
             call = replace(call, rows=self._copy.of(call.rows))
         encoded = _checked(call, encoded)
-        layers = tuple(manifest.layers[position].name for position in call.layers)
+        layers = _names(call.layers, manifest)
         self._enter(
             "call",
             encoded,
@@ -161,6 +164,27 @@ class EgressGate:
         )
         if self._transcript is not None:  # last: what is recorded has passed every rule
             self._transcript.write(layers=layers, direction=call.direction, rows=call.rows, segments=call.segments)
+        return encoded
+
+    def _admit_draw(self, draw: Draw, encoded: Encoded | None, manifest: Manifest | None) -> Encoded:
+        """A draw has no payload and is not recorded: a recording is what the host of the rows sees."""
+        manifest = _known(manifest)
+        width, _ = manifest.widths(draw.layers, draw.direction)  # rule 2
+        manifest.check_segments(draw.layers, draw.segments, rows=draw.rows)  # rule 2
+        if draw.rows < 1 or len(draw.key) != KEY_BYTES:
+            raise CustodyError(
+                f"a draw of {draw.rows} rows with a key of {len(draw.key)} bytes may not leave"
+            )  # rule 2
+        encoded = _checked(draw, encoded)
+        self._enter(
+            "draw",
+            encoded,
+            digest=sha256_hex(encoded.header),
+            layers=_names(draw.layers, manifest),
+            direction=draw.direction.value,
+            shape=(draw.rows, width),
+            dtype=dtype_name(draw.dtype),
+        )
         return encoded
 
     def _check_number(self, number: int) -> None:
@@ -190,6 +214,16 @@ class _Left:
     def same(self, encoded: Encoded) -> bool:
         """Whether these are its bytes. The digest of a message with a payload is the payload's."""
         return self.header == encoded.header and self.fields["digest"] == sha256_hex(encoded.payload or encoded.header)
+
+
+def _known(manifest: Manifest | None) -> Manifest:
+    if manifest is None:
+        raise CustodyError("rows may not leave before the host's manifest is known", "Open the session first")
+    return manifest
+
+
+def _names(layers: tuple[int, ...], manifest: Manifest) -> tuple[str, ...]:
+    return tuple(manifest.layers[position].name for position in layers)
 
 
 def _check_fetch(fetch: Fetch, manifest: Manifest | None) -> None:

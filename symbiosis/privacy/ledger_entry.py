@@ -39,12 +39,12 @@ class LedgerEntry:
     Attributes:
         sequence: position in the ledger, from 0.
         time: UTC, ISO 8601 with microseconds.
-        kind: what left, such as "call", "fetch" or "flower"; "open" and "recovered" are the ledger's own.
+        kind: what left, such as "call", "draw", "fetch" or "flower"; "open" and "recovered" are the ledger's own.
         layers: full names of the weights that the rows are for.
         direction: "forward", "backward" or "".
-        shape: of the payload.
-        dtype: of the payload.
-        digest: SHA-256 of the payload, 64 hexadecimal digits, or "".
+        shape: of the payload, or of the pad that is to be drawn.
+        dtype: likewise.
+        digest: SHA-256 of the payload, or of the header where there is none, 64 hexadecimal digits, or "".
         bytes: application bytes that leave, header and payload.
         messages: transport messages that carry them.
         destination: where they go.

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from symbiosis.errors import SymbiosisError, TranscriptError
-from symbiosis.protocols.messages import Segment
+from symbiosis.protocols.field import FIELD_DTYPE
+from symbiosis.protocols.messages import Segment, dtype_name
 from symbiosis.protocols.tensors import byte_count, stored_dtype, tensor_from_bytes
 from symbiosis.protocols.transcript import INDEX_NAME, ROWS_NAME
 
@@ -26,7 +27,8 @@ class RecordedFrame:
     direction: str
     """`"forward"` or `"backward"`."""
     rows: torch.Tensor
-    """The rows as they left, shape (rows, width)."""
+    """The rows as they left, shape (rows, width). Field elements, which leave as uint32, are int64 here, from 0 to
+    `field.P` - 1: PyTorch can do little with uint32."""
     segments: tuple[Segment, ...] = ()
     """For a stack (the experts of a mixture), which matrix each row met; empty for a single matrix."""
 
@@ -45,14 +47,14 @@ class Transcript:
             for number, line in enumerate(index):
                 try:
                     entry = json.loads(line)
-                    dtype, shape = stored_dtype(entry["dtype"]), tuple(int(side) for side in entry["shape"])
+                    dtype, shape = _dtype_of(entry["dtype"]), tuple(int(side) for side in entry["shape"])
                     rows.seek(entry["offset"])
                     data = rows.read(byte_count(shape, dtype))
                     yield RecordedFrame(
                         sequence=entry["sequence"],
                         layers=tuple(entry["layers"]),
                         direction=entry["direction"],
-                        rows=tensor_from_bytes(data, dtype=dtype, shape=shape),
+                        rows=_usable(tensor_from_bytes(data, dtype=dtype, shape=shape)),
                         segments=tuple(Segment(matrix=matrix, rows=count) for matrix, count in entry["segments"]),
                     )
                 except (ValueError, KeyError, TypeError, SymbiosisError) as error:
@@ -60,6 +62,14 @@ class Transcript:
                         f"frame {number} of the recording in {str(self._directory)!r} cannot be read: {error}",
                         "Record again; a recording is only complete once its base is closed",
                     ) from error
+
+
+def _dtype_of(name: str) -> torch.dtype:
+    return FIELD_DTYPE if name == dtype_name(FIELD_DTYPE) else stored_dtype(name)
+
+
+def _usable(rows: torch.Tensor) -> torch.Tensor:
+    return rows.to(torch.int64) if rows.dtype is FIELD_DTYPE else rows
 
 
 def read_transcript(directory: str | Path) -> Transcript:

@@ -25,8 +25,9 @@ from google.protobuf.message import DecodeError
 
 from symbiosis.errors import DtypeError, FrameError, OverloadedError, ShapeError
 from symbiosis.protocols._generated import symbiosis_wire_pb2 as pb
+from symbiosis.protocols.field import FIELD_DTYPE, KEY_BYTES
 from symbiosis.protocols.limits import MAX_CHUNK_BYTES, MAX_GROUP_LAYERS, MAX_HEADER_BYTES, MAX_NAME_CHARS, MAX_SEGMENTS
-from symbiosis.protocols.messages import Answer, Blob, BlobKind, Call, Direction, Fetch, Hello, Segment, Welcome
+from symbiosis.protocols.messages import Answer, Blob, BlobKind, Call, Direction, Draw, Fetch, Hello, Segment, Welcome
 from symbiosis.protocols.status import Refusal, refusal_of
 from symbiosis.protocols.tensors import byte_count, tensor_bytes, tensor_from_bytes
 
@@ -37,8 +38,10 @@ _DTYPE_TO_WIRE = {
     torch.float64: pb.DTYPE_FLOAT64,
     torch.float16: pb.DTYPE_FLOAT16,
     torch.bfloat16: pb.DTYPE_BFLOAT16,
+    FIELD_DTYPE: pb.DTYPE_FIELD32,
 }
 _DTYPE_FROM_WIRE: dict[int, torch.dtype] = {number: dtype for dtype, number in _DTYPE_TO_WIRE.items()}
+_TRAVEL = "Send float32, float64, float16, bfloat16 or field elements (uint32)"
 _DIRECTION_TO_WIRE = {Direction.FORWARD: pb.DIRECTION_FORWARD, Direction.BACKWARD: pb.DIRECTION_BACKWARD}
 _DIRECTION_FROM_WIRE = {number: direction for direction, number in _DIRECTION_TO_WIRE.items()}
 _KIND_TO_WIRE = {
@@ -49,7 +52,7 @@ _KIND_TO_WIRE = {
 }
 _KIND_FROM_WIRE = {number: kind for kind, number in _KIND_TO_WIRE.items()}
 
-Request = Hello | Call | Fetch
+Request = Hello | Call | Draw | Fetch
 Reply = Welcome | Answer | Blob | Refusal
 
 
@@ -105,6 +108,8 @@ def encode_request(message: Request) -> Encoded:
         case Call():
             payload = tensor_bytes(message.rows)
             return Encoded(header=_call_header(message), payload=payload)
+        case Draw():
+            header = pb.RequestHeader(draw=_draw_header(message))
         case Fetch():
             fetch = pb.Fetch(number=message.number, kind=_KIND_TO_WIRE[message.kind], name=message.name)
             header = pb.RequestHeader(fetch=fetch)
@@ -141,6 +146,18 @@ def _other_fields(
         segment_matrices=[segment.matrix for segment in segments],
         segment_rows=[segment.rows for segment in segments],
     ).SerializeToString()
+
+
+def _draw_header(draw: Draw) -> pb.Draw:
+    return pb.Draw(
+        number=draw.number,
+        layers=draw.layers,
+        direction=_DIRECTION_TO_WIRE[draw.direction],
+        rows=draw.rows,
+        key=draw.key,
+        segment_matrices=[segment.matrix for segment in draw.segments],
+        segment_rows=[segment.rows for segment in draw.segments],
+    )
 
 
 _CALL_TAG = bytes([pb.RequestHeader.DESCRIPTOR.fields_by_name["call"].number << 3 | 2])
@@ -221,7 +238,7 @@ def _wire_dtype(dtype: torch.dtype) -> pb.Dtype:
     try:
         return _DTYPE_TO_WIRE[dtype]
     except KeyError:
-        raise DtypeError(f"rows of {dtype} do not travel", "Send float32, float64, float16 or bfloat16") from None
+        raise DtypeError(f"rows of {dtype} do not travel", _TRAVEL) from None
 
 
 _Message = TypeVar("_Message")
@@ -345,6 +362,8 @@ def request_reader(
             return _empty(_read_fetch(parsed.fetch))
         if kind == "call":
             return _read_call(parsed.call, expected_width, max_message_bytes, admit, rows_of)
+        if kind == "draw":
+            return _read_draw(parsed.draw, expected_width, max_message_bytes, admit)
         raise FrameError("a request has no kind")
 
     return read
@@ -438,12 +457,7 @@ def _read_call(
     admit: Admit,
     rows_of: RowsReader,
 ) -> Pending[Request | Refusal]:
-    direction = _DIRECTION_FROM_WIRE.get(call.direction)
-    if direction is None:
-        raise FrameError("a call has no direction")  # rule 3
-    if len(call.layers) > MAX_GROUP_LAYERS:
-        raise FrameError(f"a call names {len(call.layers)} layers, allowed are {MAX_GROUP_LAYERS}")
-    layers = tuple(call.layers)
+    layers, direction = _read_group(call)
     width = expected_width(layers, direction)
     if call.width != width:
         raise ShapeError(f"rows of width {call.width} do not fit layers that take {width}", "Send rows of that width")
@@ -464,7 +478,44 @@ def _read_call(
     return Pending(byte_count=call.byte_count, finish=finish)
 
 
-def _read_segments(call: pb.Call) -> tuple[Segment, ...]:
+def _read_draw(
+    draw: pb.Draw, expected_width: Callable[[tuple[int, ...], Direction], int], max_message_bytes: int, admit: Admit
+) -> Pending[Request | Refusal]:
+    """As a call whose payload has been read already: the pad is made at the host, and takes as much room."""
+    layers, direction = _read_group(draw)
+    if len(draw.key) != KEY_BYTES:
+        raise FrameError(f"a pad's key has {KEY_BYTES} bytes, not {len(draw.key)}")
+    if draw.rows == 0:
+        raise ShapeError("a pad without rows has no elements", "Ask for at least one row")
+    segments = _read_segments(draw)
+    widths = (expected_width(layers, direction), expected_width(layers, direction.opposite))
+    pad_bytes, answer_bytes = (_within(draw.rows * width * FIELD_DTYPE.itemsize, max_message_bytes) for width in widths)
+    try:
+        admit(byte_count=pad_bytes + answer_bytes, rows=draw.rows)  # rule 6
+    except OverloadedError as error:
+        return _empty(refusal_of(error, number=draw.number))
+    return _empty(
+        Draw(
+            number=draw.number,
+            key=draw.key,
+            layers=layers,
+            direction=direction,
+            rows=draw.rows,
+            segments=segments,
+        )
+    )
+
+
+def _read_group(call: pb.Call | pb.Draw) -> tuple[tuple[int, ...], Direction]:
+    direction = _DIRECTION_FROM_WIRE.get(call.direction)
+    if direction is None:
+        raise FrameError("a call has no direction")  # rule 3
+    if len(call.layers) > MAX_GROUP_LAYERS:
+        raise FrameError(f"a call names {len(call.layers)} layers, allowed are {MAX_GROUP_LAYERS}")
+    return tuple(call.layers), direction
+
+
+def _read_segments(call: pb.Call | pb.Draw) -> tuple[Segment, ...]:
     if not call.segment_rows and not call.segment_matrices:
         return ()
     if len(call.segment_matrices) != len(call.segment_rows) or len(call.segment_rows) > MAX_SEGMENTS:
@@ -487,7 +538,7 @@ def _tensor_spec(
 ) -> tuple[torch.dtype, tuple[int, int]]:
     dtype = _DTYPE_FROM_WIRE.get(wire_dtype)
     if dtype is None:
-        raise DtypeError(f"dtype number {wire_dtype} does not travel", "Send float32, float64, float16 or bfloat16")
+        raise DtypeError(f"dtype number {wire_dtype} does not travel", _TRAVEL)
     if rows == 0 or width == 0:
         raise ShapeError(f"a tensor of {rows} rows of width {width} has no elements", "Send at least one row")
     if rows * width * dtype.itemsize != announced:  # rule 4; Python's integers do not overflow

@@ -10,7 +10,7 @@ from torch.cuda import Stream
 
 from symbiosis.errors import HostUnavailableError
 from symbiosis.protocols.codec import Encoded, Reply, Request, reply_byte_count
-from symbiosis.protocols.messages import Answer, Call
+from symbiosis.protocols.messages import Answer, Call, Direction, Draw
 from symbiosis.protocols.status import Refusal, error_of, refusal_of
 from symbiosis.protocols.transport import Handler
 
@@ -51,11 +51,11 @@ class InProcessTransport:
 
     def _admit(self, handler: Handler, request: Request) -> AbstractContextManager[object]:
         """Room for a call as on a wire, so that a tenant meets the same limits everywhere."""
-        if not isinstance(request, Call):
+        if not isinstance(request, Call | Draw):
             return nullcontext()
-        rows, width = request.rows.shape[0], handler.expected_width(request.layers, request.direction.opposite)
-        answer_bytes = rows * width * request.rows.element_size()
-        return handler.admit(self._tenant, byte_count=request.rows.nbytes + answer_bytes, rows=rows)
+        widths = sum(handler.expected_width(request.layers, direction) for direction in Direction)
+        byte_count = request.row_count * widths * request.dtype.itemsize
+        return handler.admit(self._tenant, byte_count=byte_count, rows=request.row_count)
 
     def peer(self) -> str:
         """See `Transport.peer`; here, which object answers."""

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
 
-from symbiosis.errors import ConfigurationError, DtypeError, NonFiniteError, ShapeError
+from symbiosis.errors import ConfigurationError, DtypeError, FieldError, NonFiniteError, ShapeError
+from symbiosis.protocols.field import FIELD_DTYPE, P, outside
 
 
 class Direction(Enum):
@@ -39,7 +40,10 @@ class BlobKind(Enum):
     """Norms and scales of a hosted weight; public whatever the host's policy is."""
 
 
-WIRE_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+FLOAT_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+"""The dtypes that rows may have on the wire as they are computed."""
+
+WIRE_DTYPES: tuple[torch.dtype, ...] = (*FLOAT_DTYPES, FIELD_DTYPE)
 """The dtypes that rows may have on the wire."""
 
 
@@ -52,9 +56,9 @@ def wire_dtype_of(name: str) -> torch.dtype | None:
     """The dtype that rows are to have on the wire; `None` for `auto`, whatever they have.
 
     Raises:
-        ConfigurationError: no dtype of that name travels.
+        ConfigurationError: rows cannot be rounded to that dtype, or it does not travel.
     """
-    names = {dtype_name(dtype): dtype for dtype in WIRE_DTYPES}
+    names = {dtype_name(dtype): dtype for dtype in FLOAT_DTYPES}
     if name != "auto" and name not in names:
         raise ConfigurationError(f"rows cannot travel as {name!r}", f"Choose auto or one of {', '.join(names)}")
     return names.get(name)
@@ -107,6 +111,43 @@ class Call:
     segments: tuple[Segment, ...] = ()
     """For a stack of weights: which rows meet which matrix; together all rows, in order. Empty for a single matrix."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows, and of the answer."""
+        return self.rows.dtype
+
+    @property
+    def row_count(self) -> int:
+        """How many rows."""
+        return self.rows.shape[0]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Draw:
+    """A call whose rows are a pad that the host draws from a key (`field.draw`): what a helper is asked for."""
+
+    number: int
+    """Message number, as of a call."""
+    key: bytes = field(repr=False)
+    """32 bytes, of this pad alone. Whoever has it can take the pad off."""
+    layers: tuple[int, ...]
+    """As of a call."""
+    direction: Direction
+    rows: int
+    """How many rows the pad has."""
+    segments: tuple[Segment, ...] = ()
+    """As of a call."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the pad, and of the answer."""
+        return FIELD_DTYPE
+
+    @property
+    def row_count(self) -> int:
+        """As of a call."""
+        return self.rows
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fetch:
@@ -119,7 +160,7 @@ class Fetch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """The rows that answer a `Call`, in the dtype of the call's rows."""
+    """The rows that answer a `Call` or a `Draw`, in the dtype of its rows."""
 
     number: int
     rows: torch.Tensor
@@ -144,6 +185,7 @@ def check_rows(rows: torch.Tensor, *, width: int) -> None:
         DtypeError: the dtype is not one of `WIRE_DTYPES`.
         ShapeError: the tensor has not two dimensions, no rows, or another width.
         NonFiniteError: a row holds NaN or an infinity; the message names the first one.
+        FieldError: a row of field elements holds a number that is none; likewise.
     """
     if rows.dtype not in WIRE_DTYPES:
         names = ", ".join(dtype_name(dtype) for dtype in WIRE_DTYPES)
@@ -153,11 +195,23 @@ def check_rows(rows: torch.Tensor, *, width: int) -> None:
             f"rows of shape {tuple(rows.shape)} do not fit layers that take rows of width {width}",
             "Send a tensor of shape (rows, width) with at least one row",
         )
-    if not finite(rows):
+    if rows.dtype is FIELD_DTYPE:
+        _check_elements(rows)
+    elif not finite(rows):
         bad = int((~torch.isfinite(rows)).any(dim=1).nonzero()[0])
         raise NonFiniteError(
             f"row {bad} of {rows.shape[0]} holds NaN or an infinity",
             "Look for an overflow at the tenant: a lower learning rate or a wider dtype helps",
+        )
+
+
+def _check_elements(rows: torch.Tensor) -> None:
+    found = outside(rows)
+    if found is not None:
+        row, count = found
+        raise FieldError(
+            f"row {row} of {rows.shape[0]} is the first to hold a number of {P} or more, of which there are {count}",
+            "Field elements are reduced modulo that prime before they are sent",
         )
 
 

@@ -18,7 +18,7 @@ from symbiosis.errors import FrameError, HostUnavailableError, IdentityError, Pr
 from symbiosis.protocols.codec import Assembler, Encoded, Reply, Request, reply_reader
 from symbiosis.protocols.diagnose import refused_handshake
 from symbiosis.protocols.identity import Credentials
-from symbiosis.protocols.messages import Call, Welcome
+from symbiosis.protocols.messages import Call, Draw, Welcome
 from symbiosis.protocols.peer import public_key_digest
 from symbiosis.protocols.shm import (
     HOST_NAME,
@@ -76,7 +76,7 @@ class ShmTransport:
                 raise HostUnavailableError(f"the session with {self.address} is closed", "Connect again")
             self._max_reply_bytes = max_reply_bytes
             try:
-                reply = self._call(encoded) if isinstance(request, Call) else self._ask(encoded)
+                reply = self._call(encoded) if isinstance(request, Call | Draw) else self._ask(encoded)
             except (OSError, SymbiosisError) as error:
                 self.close()
                 raise self._explain(error) from error

@@ -16,7 +16,7 @@ import torch
 
 from symbiosis.errors import ProtocolError
 from symbiosis.protocols.codec import Reply, message_bytes, reply_header, reply_reader, request_reader
-from symbiosis.protocols.messages import Answer, Call, Direction
+from symbiosis.protocols.messages import Answer, Call, Direction, Draw
 from symbiosis.protocols.shm import Area
 
 _CALL = b"\x12"  # tag of `RequestHeader.call`, a message
@@ -51,8 +51,8 @@ class CallReader:
         )
         self._known: dict[bytes, Call] = {}
 
-    def read(self, header: bytes) -> Call:
-        """The call, with rows in place.
+    def read(self, header: bytes) -> Call | Draw:
+        """The call, with rows in place, or what stands for one.
 
         Raises:
             ProtocolError: as `request_reader`, or another message than a call.
@@ -69,6 +69,8 @@ class CallReader:
             )
         pending = self._read(header)
         call = pending.finish(self._area.payload(pending.byte_count))
+        if isinstance(call, Draw):
+            return call
         if not isinstance(call, Call):
             raise ProtocolError("only calls go through the shared memory", "Send it over the control channel")
         if call.number == number and 0 < len(rest) <= _KEPT_BYTES:

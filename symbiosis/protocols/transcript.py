@@ -2,7 +2,7 @@
 
 `frames.jsonl` holds one JSON object per frame: `sequence`, `layers`, `direction`, `dtype`, `shape`, `offset` (bytes
 into `rows.bin`) and `segments` (pairs of a stack's matrix and its rows). The rows are stored as they leave, after the
-mechanism. `privacy.read_transcript` reads both.
+mechanism: field elements as uint32. `privacy.read_transcript` reads both.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from symbiosis.protocols.codec import Encoded, Reply, Request
-from symbiosis.protocols.messages import Answer, Call, Direction, Fetch
+from symbiosis.protocols.messages import Answer, Call, Direction, Draw, Fetch
 from symbiosis.protocols.status import Refusal
 
 
@@ -41,7 +41,7 @@ class Handler(Protocol):
     def submit(
         self,
         tenant: str,
-        call: Call,
+        call: Call | Draw,
         done: Callable[[Answer | Refusal], None],
         *,
         out: torch.Tensor | None = None,
@@ -50,7 +50,7 @@ class Handler(Protocol):
 
         Args:
             tenant: whose name the caller has authenticated.
-            call: its rows stay as they are until the reply.
+            call: its rows, if it brings any, stay as they are until the reply.
             done: told the reply exactly once, from any thread, perhaps before `submit` returns; quick, raises nothing.
             out: where an answer's rows are written: contiguous, of the answer's shape and the rows' dtype.
         """

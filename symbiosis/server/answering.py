@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from symbiosis.errors import CertificateError, OverloadedError, ProtocolError, SymbiosisError
 from symbiosis.protocols.codec import Admit, Reply, Request
 from symbiosis.protocols.identity import expiry_of, tenant_of
-from symbiosis.protocols.messages import Call, Fetch, Hello
+from symbiosis.protocols.messages import Call, Draw, Fetch, Hello
 from symbiosis.protocols.status import Refusal, refusal_of
 from symbiosis.protocols.transport import Handler
 
@@ -54,7 +54,7 @@ def reply_to(handler: Handler, tenant: str, request: Request, *, greeted: bool, 
         greeted: whether a `Hello` of the stream was welcome.
         admit: reserves room for a blob; that for a call was reserved when its header was read.
     """
-    number = request.number if isinstance(request, Call | Fetch) else 0
+    number = request.number if isinstance(request, Call | Draw | Fetch) else 0
     try:
         if not greeted and not isinstance(request, Hello):
             raise ProtocolError("a stream begins with a hello", "Send it first")  # rule 3

@@ -25,7 +25,7 @@ from symbiosis.protocols.manifest import (
     Storage,
     require_published,
 )
-from symbiosis.protocols.messages import WIRE_DTYPES, BlobKind, dtype_name
+from symbiosis.protocols.messages import FLOAT_DTYPES, BlobKind, dtype_name
 from symbiosis.protocols.tensors import byte_count, stored_dtype, tensor_digest
 from symbiosis.server.norms import facts_of
 from symbiosis.server.placement import Devices, place, usable_devices
@@ -251,8 +251,8 @@ def load_base(
     usable = usable_devices(devices)
     import transformers  # noqa: PLC0415 - slow, and only a host that loads needs it
 
-    if dtype not in ("auto", *map(dtype_name, WIRE_DTYPES)):
-        names = ", ".join(map(dtype_name, WIRE_DTYPES))
+    if dtype not in ("auto", *map(dtype_name, FLOAT_DTYPES)):
+        names = ", ".join(map(dtype_name, FLOAT_DTYPES))
         raise ConfigurationError(f"a base cannot be hosted as {dtype!r}", f"Choose auto or one of {names}")
     folder = _folder(path, revision)
     try:

@@ -12,11 +12,25 @@ from types import TracebackType
 import torch
 
 from symbiosis import __version__
-from symbiosis.errors import ShapeError, VersionError
+from symbiosis.errors import FrameError, ShapeError, VersionError
 from symbiosis.protocols.codec import Reply, Request
-from symbiosis.protocols.limits import PROTOCOL_VERSION
-from symbiosis.protocols.messages import Answer, Blob, BlobKind, Call, Direction, Fetch, Hello, Welcome, check_rows
+from symbiosis.protocols.field import FIELD_DTYPE
+from symbiosis.protocols.field import draw as draw_pad
+from symbiosis.protocols.limits import MAX_MESSAGE_BYTES, PROTOCOL_VERSION
+from symbiosis.protocols.messages import (
+    Answer,
+    Blob,
+    BlobKind,
+    Call,
+    Direction,
+    Draw,
+    Fetch,
+    Hello,
+    Welcome,
+    check_rows,
+)
 from symbiosis.protocols.status import Refusal
+from symbiosis.server import field
 from symbiosis.server.admission import Admission, AdmissionConfig, Ticket
 from symbiosis.server.answering import refuse
 from symbiosis.server.base import HostedBase
@@ -64,7 +78,7 @@ class Host:
         match request:
             case Hello():
                 return self._welcome(tenant, request)
-            case Call():
+            case Call() | Draw():
                 reply: Future[Answer | Refusal] = Future()
                 self.submit(tenant, request, reply.set_result)
                 return reply.result()
@@ -74,7 +88,7 @@ class Host:
     def submit(
         self,
         tenant: str,
-        call: Call,
+        call: Call | Draw,
         done: Callable[[Answer | Refusal], None],
         *,
         out: torch.Tensor | None = None,
@@ -86,17 +100,21 @@ class Host:
                 done(refuse(tenant, answer, number=call.number))
                 return
             with self._lock:
-                self._rows[tenant] += call.rows.shape[0]
+                self._rows[tenant] += call.row_count
             done(Answer(number=call.number, rows=answer))
 
         try:
             width, out_width = self.base.manifest.widths(call.layers, call.direction)
-            check_rows(call.rows, width=width)
-            if out is not None and (out.dtype, out.shape) != (call.rows.dtype, (call.rows.shape[0], out_width)):
+            weights = self.base.group(call.layers)
+            if call.dtype is FIELD_DTYPE:
+                field.require_integers(weights)
+            asked = _drawn(call, width=width, out_width=out_width) if isinstance(call, Draw) else call
+            check_rows(asked.rows, width=width)
+            if out is not None and (out.dtype, out.shape) != (call.dtype, (call.row_count, out_width)):
                 # Found out in the product it would fail those who share the batch.
                 raise ShapeError(f"a place of shape {tuple(out.shape)} and {out.dtype} is not that of the answer")
-            self.base.manifest.check_segments(call.layers, call.segments, rows=call.rows.shape[0])
-            self._executor.submit(tenant, call, self.base.group(call.layers), answered, out=out)
+            self.base.manifest.check_segments(call.layers, call.segments, rows=call.row_count)
+            self._executor.submit(tenant, asked, weights, answered, out=out)
         except Exception as error:
             done(refuse(tenant, error, number=call.number))
 
@@ -173,3 +191,17 @@ class Host:
         if fetch.kind is BlobKind.FACTS:
             return self.base.facts_blob(fetch.name)
         return self.base.tensor_blob(fetch.name)
+
+
+def _drawn(draw: Draw, *, width: int, out_width: int) -> Call:
+    """The call that a `Draw` stands for. Its header is short whatever it asks for, so that is measured first."""
+    longest = draw.rows * max(width, out_width) * FIELD_DTYPE.itemsize
+    if draw.rows < 1 or longest > MAX_MESSAGE_BYTES:
+        raise FrameError(f"a pad of {draw.rows} rows takes {longest} bytes", f"At most {MAX_MESSAGE_BYTES} are drawn")
+    return Call(
+        number=draw.number,
+        layers=draw.layers,
+        direction=draw.direction,
+        rows=draw_pad(draw.key, rows=draw.rows, width=width),
+        segments=draw.segments,
+    )

@@ -8,8 +8,9 @@ which is what makes the host stateless (DESIGN: the one idea).
 
 A product is taken in the wider of the rows' dtype and the weight's. Where the processor has no arithmetic of that dtype
 (bfloat16 and float16 on most CPUs: PyTorch then multiplies rows one by one, an eighth as fast or less) it is taken in
-float32, which only makes it more exact; weights are widened in pieces, so that they are held once. Which library multiplies
-float32 is decided by the processor's maker alone, never by a measurement: a host that starts again must round alike.
+float32, which only makes it more exact; weights are widened in pieces, so that they are held once. Which library
+multiplies float32 is decided by the processor's maker alone, never by a measurement: a host that starts again must
+round alike. Field elements (uint32) are another arithmetic altogether, exact and without scales: `field`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from collections.abc import Sequence
 
 import torch
 
+from symbiosis.protocols.field import FIELD_DTYPE
 from symbiosis.protocols.messages import Direction, Segment
-from symbiosis.server import onednn, skinny
+from symbiosis.server import field, onednn, skinny
 from symbiosis.server.weight import Weight, fused
 
 _PIECE_ELEMENTS = 1 << 22
@@ -39,7 +41,7 @@ def multiply(
     """Multiply rows by a group of layers, or by the matrices of a stack.
 
     Args:
-        rows: `x_TI` (forward) or `g_TO` (backward); any floating dtype.
+        rows: `x_TI` (forward) or `g_TO` (backward); any floating dtype, or field elements.
         weights: the group's layers in order; on several devices where a call names layers far apart.
         direction: which product.
         segments: for a stack, which matrix each row meets; rows of one matrix are gathered, whoever sent them.
@@ -58,6 +60,8 @@ def multiply(
             answer = out if out is not None else rows.new_empty((rows.shape[0], answer_width(weights, direction)))
             _segmented(rows, weights[0], direction, segments, answer, threads)
             return answer
+        if rows.dtype is FIELD_DTYPE:
+            return field.multiply(rows, fused(weights), direction, out=out)
         if direction is Direction.FORWARD:
             return _forward(rows, fused(weights), out, threads)
         return _backward(rows, fused(weights), out)

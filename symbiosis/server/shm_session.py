@@ -20,7 +20,7 @@ import torch
 
 from symbiosis.errors import FrameError, ProtocolError
 from symbiosis.protocols.codec import Assembler, Request, encode_reply, reply_header, request_reader
-from symbiosis.protocols.messages import Answer, Call, Direction, Welcome
+from symbiosis.protocols.messages import Answer, Call, Direction, Draw, Welcome
 from symbiosis.protocols.shm import RING, SharedMemory, create_file
 from symbiosis.protocols.shm_control import ControlChannel
 from symbiosis.protocols.shm_headers import AnswerWriter, CallReader
@@ -35,7 +35,8 @@ _log = logging.getLogger(__name__)
 EXPIRED = Refusal(number=0, code="certificate", message="the certificate has expired", next_action="Enrol again")
 
 INLINE_BYTES = 1 << 20
-"""Longer payloads are looked at on another thread, so that a search for NaN does not keep other tenants waiting."""
+"""Longer payloads are looked at on another thread, so that a search for NaN does not keep other tenants waiting. So are
+pads, which have to be drawn."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,19 +225,19 @@ class ShmSession:
             self._send(reply_header(EXPIRED))
             return False  # rule 2
         call = line.calls.read(header)
-        if call.rows.nbytes > INLINE_BYTES:
+        if isinstance(call, Draw) or call.rows.nbytes > INLINE_BYTES:
             self._workers.submit(self._submit, call, line)
         else:
             self._submit(call, line)
         return True
 
-    def _submit(self, call: Call, line: _Line) -> None:
+    def _submit(self, call: Call | Draw, line: _Line) -> None:
         try:
-            width = self._expected_width(call.layers, call.direction.opposite)
-            out = line.memory.replies.rows(call.rows.dtype, (call.rows.shape[0], width))
-            self._call_ticket = self._handler.admit(
-                self._peer.tenant, byte_count=call.rows.nbytes + out.nbytes, rows=call.rows.shape[0]
-            )
+            rows, dtype = call.row_count, call.dtype
+            width = self._expected_width(call.layers, call.direction)
+            out = line.memory.replies.rows(dtype, (rows, self._expected_width(call.layers, call.direction.opposite)))
+            byte_count = rows * width * dtype.itemsize + out.nbytes
+            self._call_ticket = self._handler.admit(self._peer.tenant, byte_count=byte_count, rows=rows)
             self._handler.submit(self._peer.tenant, call, lambda reply: self._finish(reply, out, line.answers), out=out)
         except Exception as error:
             self._refuse(refuse(self._peer.tenant, error, number=call.number))

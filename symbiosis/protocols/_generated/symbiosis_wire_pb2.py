@@ -24,35 +24,37 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14symbiosis_wire.proto\x12\x0csymbiosis.v1\"\x87\x01\n\rRequestHeader\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x13.symbiosis.v1.HelloH\x00\x12\"\n\x04\x63\x61ll\x18\x02 \x01(\x0b\x32\x12.symbiosis.v1.CallH\x00\x12$\n\x05\x66\x65tch\x18\x03 \x01(\x0b\x32\x13.symbiosis.v1.FetchH\x00\x42\x06\n\x04kind\";\n\x05Hello\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0f\n\x07release\x18\x02 \x01(\t\x12\x0f\n\x07session\x18\x03 \x01(\x0c\"\xd7\x01\n\x04\x43\x61ll\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0e\n\x06layers\x18\x02 \x03(\r\x12*\n\tdirection\x18\x03 \x01(\x0e\x32\x17.symbiosis.v1.Direction\x12\"\n\x05\x64type\x18\x04 \x01(\x0e\x32\x13.symbiosis.v1.Dtype\x12\x0c\n\x04rows\x18\x05 \x01(\x04\x12\r\n\x05width\x18\x06 \x01(\x04\x12\x12\n\nbyte_count\x18\x07 \x01(\x04\x12\x18\n\x10segment_matrices\x18\x08 \x03(\r\x12\x14\n\x0csegment_rows\x18\t \x03(\x04\"K\n\x05\x46\x65tch\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12$\n\x04kind\x18\x02 \x01(\x0e\x32\x16.symbiosis.v1.BlobKind\x12\x0c\n\x04name\x18\x03 \x01(\t\"\xc5\x01\n\x0bReplyHeader\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12(\n\x07welcome\x18\x02 \x01(\x0b\x32\x15.symbiosis.v1.WelcomeH\x00\x12&\n\x06\x61nswer\x18\x03 \x01(\x0b\x32\x14.symbiosis.v1.AnswerH\x00\x12\"\n\x04\x62lob\x18\x04 \x01(\x0b\x32\x12.symbiosis.v1.BlobH\x00\x12(\n\x07refusal\x18\x05 \x01(\x0b\x32\x15.symbiosis.v1.RefusalH\x00\x42\x06\n\x04kind\"p\n\x07Welcome\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0f\n\x07release\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x17\n\x0fmanifest_digest\x18\x04 \x01(\t\x12\x19\n\x11max_message_bytes\x18\x05 \x01(\x04\"]\n\x06\x41nswer\x12\"\n\x05\x64type\x18\x01 \x01(\x0e\x32\x13.symbiosis.v1.Dtype\x12\x0c\n\x04rows\x18\x02 \x01(\x04\x12\r\n\x05width\x18\x03 \x01(\x04\x12\x12\n\nbyte_count\x18\x04 \x01(\x04\"\x1a\n\x04\x42lob\x12\x12\n\nbyte_count\x18\x01 \x01(\x04\"U\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x13\n\x0bnext_action\x18\x03 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\r*k\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x11\n\rDTYPE_FLOAT64\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x04*U\n\tDirection\x12\x19\n\x15\x44IRECTION_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44IRECTION_FORWARD\x10\x01\x12\x16\n\x12\x44IRECTION_BACKWARD\x10\x02*c\n\x08\x42lobKind\x12\x14\n\x10\x42LOB_UNSPECIFIED\x10\x00\x12\x11\n\rBLOB_MANIFEST\x10\x01\x12\r\n\tBLOB_FILE\x10\x02\x12\x0f\n\x0b\x42LOB_TENSOR\x10\x03\x12\x0e\n\nBLOB_FACTS\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14symbiosis_wire.proto\x12\x0csymbiosis.v1\"\xab\x01\n\rRequestHeader\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x13.symbiosis.v1.HelloH\x00\x12\"\n\x04\x63\x61ll\x18\x02 \x01(\x0b\x32\x12.symbiosis.v1.CallH\x00\x12$\n\x05\x66\x65tch\x18\x03 \x01(\x0b\x32\x13.symbiosis.v1.FetchH\x00\x12\"\n\x04\x64raw\x18\x04 \x01(\x0b\x32\x12.symbiosis.v1.DrawH\x00\x42\x06\n\x04kind\";\n\x05Hello\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0f\n\x07release\x18\x02 \x01(\t\x12\x0f\n\x07session\x18\x03 \x01(\x0c\"\xd7\x01\n\x04\x43\x61ll\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0e\n\x06layers\x18\x02 \x03(\r\x12*\n\tdirection\x18\x03 \x01(\x0e\x32\x17.symbiosis.v1.Direction\x12\"\n\x05\x64type\x18\x04 \x01(\x0e\x32\x13.symbiosis.v1.Dtype\x12\x0c\n\x04rows\x18\x05 \x01(\x04\x12\r\n\x05width\x18\x06 \x01(\x04\x12\x12\n\nbyte_count\x18\x07 \x01(\x04\x12\x18\n\x10segment_matrices\x18\x08 \x03(\r\x12\x14\n\x0csegment_rows\x18\t \x03(\x04\"\x9d\x01\n\x04\x44raw\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0e\n\x06layers\x18\x02 \x03(\r\x12*\n\tdirection\x18\x03 \x01(\x0e\x32\x17.symbiosis.v1.Direction\x12\x0c\n\x04rows\x18\x04 \x01(\x04\x12\x0b\n\x03key\x18\x05 \x01(\x0c\x12\x18\n\x10segment_matrices\x18\x06 \x03(\r\x12\x14\n\x0csegment_rows\x18\x07 \x03(\x04\"K\n\x05\x46\x65tch\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12$\n\x04kind\x18\x02 \x01(\x0e\x32\x16.symbiosis.v1.BlobKind\x12\x0c\n\x04name\x18\x03 \x01(\t\"\xc5\x01\n\x0bReplyHeader\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12(\n\x07welcome\x18\x02 \x01(\x0b\x32\x15.symbiosis.v1.WelcomeH\x00\x12&\n\x06\x61nswer\x18\x03 \x01(\x0b\x32\x14.symbiosis.v1.AnswerH\x00\x12\"\n\x04\x62lob\x18\x04 \x01(\x0b\x32\x12.symbiosis.v1.BlobH\x00\x12(\n\x07refusal\x18\x05 \x01(\x0b\x32\x15.symbiosis.v1.RefusalH\x00\x42\x06\n\x04kind\"p\n\x07Welcome\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0f\n\x07release\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x17\n\x0fmanifest_digest\x18\x04 \x01(\t\x12\x19\n\x11max_message_bytes\x18\x05 \x01(\x04\"]\n\x06\x41nswer\x12\"\n\x05\x64type\x18\x01 \x01(\x0e\x32\x13.symbiosis.v1.Dtype\x12\x0c\n\x04rows\x18\x02 \x01(\x04\x12\r\n\x05width\x18\x03 \x01(\x04\x12\x12\n\nbyte_count\x18\x04 \x01(\x04\"\x1a\n\x04\x42lob\x12\x12\n\nbyte_count\x18\x01 \x01(\x04\"U\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x13\n\x0bnext_action\x18\x03 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\r*~\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x11\n\rDTYPE_FLOAT64\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x04\x12\x11\n\rDTYPE_FIELD32\x10\x05*U\n\tDirection\x12\x19\n\x15\x44IRECTION_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44IRECTION_FORWARD\x10\x01\x12\x16\n\x12\x44IRECTION_BACKWARD\x10\x02*c\n\x08\x42lobKind\x12\x14\n\x10\x42LOB_UNSPECIFIED\x10\x00\x12\x11\n\rBLOB_MANIFEST\x10\x01\x12\r\n\tBLOB_FILE\x10\x02\x12\x0f\n\x0b\x42LOB_TENSOR\x10\x03\x12\x0e\n\nBLOB_FACTS\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'symbiosis_wire_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=1056
-  _globals['_DTYPE']._serialized_end=1163
-  _globals['_DIRECTION']._serialized_start=1165
-  _globals['_DIRECTION']._serialized_end=1250
-  _globals['_BLOBKIND']._serialized_start=1252
-  _globals['_BLOBKIND']._serialized_end=1351
+  _globals['_DTYPE']._serialized_start=1252
+  _globals['_DTYPE']._serialized_end=1378
+  _globals['_DIRECTION']._serialized_start=1380
+  _globals['_DIRECTION']._serialized_end=1465
+  _globals['_BLOBKIND']._serialized_start=1467
+  _globals['_BLOBKIND']._serialized_end=1566
   _globals['_REQUESTHEADER']._serialized_start=39
-  _globals['_REQUESTHEADER']._serialized_end=174
-  _globals['_HELLO']._serialized_start=176
-  _globals['_HELLO']._serialized_end=235
-  _globals['_CALL']._serialized_start=238
-  _globals['_CALL']._serialized_end=453
-  _globals['_FETCH']._serialized_start=455
-  _globals['_FETCH']._serialized_end=530
-  _globals['_REPLYHEADER']._serialized_start=533
-  _globals['_REPLYHEADER']._serialized_end=730
-  _globals['_WELCOME']._serialized_start=732
-  _globals['_WELCOME']._serialized_end=844
-  _globals['_ANSWER']._serialized_start=846
-  _globals['_ANSWER']._serialized_end=939
-  _globals['_BLOB']._serialized_start=941
-  _globals['_BLOB']._serialized_end=967
-  _globals['_REFUSAL']._serialized_start=969
-  _globals['_REFUSAL']._serialized_end=1054
+  _globals['_REQUESTHEADER']._serialized_end=210
+  _globals['_HELLO']._serialized_start=212
+  _globals['_HELLO']._serialized_end=271
+  _globals['_CALL']._serialized_start=274
+  _globals['_CALL']._serialized_end=489
+  _globals['_DRAW']._serialized_start=492
+  _globals['_DRAW']._serialized_end=649
+  _globals['_FETCH']._serialized_start=651
+  _globals['_FETCH']._serialized_end=726
+  _globals['_REPLYHEADER']._serialized_start=729
+  _globals['_REPLYHEADER']._serialized_end=926
+  _globals['_WELCOME']._serialized_start=928
+  _globals['_WELCOME']._serialized_end=1040
+  _globals['_ANSWER']._serialized_start=1042
+  _globals['_ANSWER']._serialized_end=1135
+  _globals['_BLOB']._serialized_start=1137
+  _globals['_BLOB']._serialized_end=1163
+  _globals['_REFUSAL']._serialized_start=1165
+  _globals['_REFUSAL']._serialized_end=1250
 # @@protoc_insertion_point(module_scope)

@@ -14,6 +14,7 @@ class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DTYPE_FLOAT64: _ClassVar[Dtype]
     DTYPE_FLOAT16: _ClassVar[Dtype]
     DTYPE_BFLOAT16: _ClassVar[Dtype]
+    DTYPE_FIELD32: _ClassVar[Dtype]
 
 class Direction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -33,6 +34,7 @@ DTYPE_FLOAT32: Dtype
 DTYPE_FLOAT64: Dtype
 DTYPE_FLOAT16: Dtype
 DTYPE_BFLOAT16: Dtype
+DTYPE_FIELD32: Dtype
 DIRECTION_UNSPECIFIED: Direction
 DIRECTION_FORWARD: Direction
 DIRECTION_BACKWARD: Direction
@@ -43,14 +45,16 @@ BLOB_TENSOR: BlobKind
 BLOB_FACTS: BlobKind
 
 class RequestHeader(_message.Message):
-    __slots__ = ("hello", "call", "fetch")
+    __slots__ = ("hello", "call", "fetch", "draw")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     CALL_FIELD_NUMBER: _ClassVar[int]
     FETCH_FIELD_NUMBER: _ClassVar[int]
+    DRAW_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     call: Call
     fetch: Fetch
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., call: _Optional[_Union[Call, _Mapping]] = ..., fetch: _Optional[_Union[Fetch, _Mapping]] = ...) -> None: ...
+    draw: Draw
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., call: _Optional[_Union[Call, _Mapping]] = ..., fetch: _Optional[_Union[Fetch, _Mapping]] = ..., draw: _Optional[_Union[Draw, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("protocol", "release", "session")
@@ -83,6 +87,24 @@ class Call(_message.Message):
     segment_matrices: _containers.RepeatedScalarFieldContainer[int]
     segment_rows: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, number: _Optional[int] = ..., layers: _Optional[_Iterable[int]] = ..., direction: _Optional[_Union[Direction, str]] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., rows: _Optional[int] = ..., width: _Optional[int] = ..., byte_count: _Optional[int] = ..., segment_matrices: _Optional[_Iterable[int]] = ..., segment_rows: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Draw(_message.Message):
+    __slots__ = ("number", "layers", "direction", "rows", "key", "segment_matrices", "segment_rows")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    DIRECTION_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_MATRICES_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_ROWS_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    layers: _containers.RepeatedScalarFieldContainer[int]
+    direction: Direction
+    rows: int
+    key: bytes
+    segment_matrices: _containers.RepeatedScalarFieldContainer[int]
+    segment_rows: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, number: _Optional[int] = ..., layers: _Optional[_Iterable[int]] = ..., direction: _Optional[_Union[Direction, str]] = ..., rows: _Optional[int] = ..., key: _Optional[bytes] = ..., segment_matrices: _Optional[_Iterable[int]] = ..., segment_rows: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Fetch(_message.Message):
     __slots__ = ("number", "kind", "name")

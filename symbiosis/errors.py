@@ -25,6 +25,7 @@
     ├── HostUnavailableError       the host did not answer; the same call may be sent again
     ├── OverloadedError            the host has as much of this tenant's work as it takes; later it takes more
     ├── HostFailureError           the host answered with a failure of its own
+    ├── IntegrityError             host or helper answered wrongly, as a check of the answer found
     ├── RemoteWeightError          an operation that a weight living elsewhere cannot take part in
     ├── SimulationError            a simulated run that did not complete
     └── BenchmarkError             a measurement that did not complete, or whose sides did not do the same work
@@ -210,6 +211,12 @@ class HostFailureError(SymbiosisError):
     """The host answered with a failure of its own; the details stay in the host's log."""
 
     code = "host-failure"
+
+
+class IntegrityError(SymbiosisError):
+    """A check found that an answer is not the product that was asked for. Never retried: nothing more is sent."""
+
+    code = "integrity"
 
 
 class RemoteWeightError(SymbiosisError):

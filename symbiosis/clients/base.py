@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from symbiosis.clients.experts import Experts
 from symbiosis.clients.half import TenantHalf
+from symbiosis.clients.helper import HelperSession
 from symbiosis.clients.remote_weight import RemoteWeight, is_remote
 from symbiosis.clients.row_custody import mark_public
 from symbiosis.clients.session import Session, Traffic
@@ -32,6 +33,7 @@ class Base:
         cache: directory for fetched tensors and files; `None` keeps nothing.
         local: a local copy of the base to take the tenant's half from.
         experts: which experts of a mixture are called.
+        helper: the session with the second host, which belongs to this base, if there is one.
     """
 
     def __init__(
@@ -43,8 +45,10 @@ class Base:
         cache: Path | None = None,
         local: Path | None = None,
         experts: Experts = Experts.CALLED,
+        helper: HelperSession | None = None,
     ) -> None:
         self._session = session
+        self._helper = helper
         self._ledger = ledger
         self._multiplier = Multiplier(session, experts=experts)
         self._half = TenantHalf(self._multiplier, cache=cache, local=local)
@@ -61,6 +65,11 @@ class Base:
     def address(self) -> str:
         """Where the host is: `host:port`, or `inprocess`."""
         return self._session.address
+
+    @property
+    def helper_address(self) -> str | None:
+        """Where the second host is, for modes that use one."""
+        return self._helper.address if self._helper is not None else None
 
     @property
     def tenant(self) -> str:
@@ -124,6 +133,8 @@ class Base:
         """End the session. Loaded models keep their local half; their remote weights answer no more."""
         self._multiplier.forget()
         self._half.close()
+        if self._helper is not None:
+            self._helper.close()  # first: the mechanism may be waiting for it, in a thread of its own
         self._session.close()
         self._ledger.close()
         if self._on_close is not None:

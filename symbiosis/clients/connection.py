@@ -6,10 +6,12 @@ import contextlib
 import secrets
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from symbiosis.clients.base import Base
 from symbiosis.clients.experts import Experts, experts_of
 from symbiosis.clients.gate import EgressGate
+from symbiosis.clients.helper import HelperSession, check_named
 from symbiosis.clients.retry import RetryConfig
 from symbiosis.clients.session import Session
 from symbiosis.errors import ConfigurationError, UnsupportedError
@@ -19,12 +21,18 @@ from symbiosis.privacy.modes import resolve_mechanism
 from symbiosis.protocols.grpc_client import GrpcTransport
 from symbiosis.protocols.identity import Credentials, tenant_of
 from symbiosis.protocols.identity_directory import load_credentials
+from symbiosis.protocols.limits import MAX_MESSAGE_BYTES
 from symbiosis.protocols.messages import wire_dtype_of
 from symbiosis.protocols.shm import is_shm_address, socket_path
 from symbiosis.protocols.shm_client import ShmTransport
 from symbiosis.protocols.transcript import TranscriptWriter
 from symbiosis.protocols.transport import Transport
 
+if TYPE_CHECKING:
+    import torch
+
+HELPER_FOLDER = "helper"
+"""Where an identity directory holds the tenant's identity at a helper."""
 DEFAULT_CACHE = Path("~/.cache/symbiosis")
 
 
@@ -34,6 +42,7 @@ def connect(
     identity: str | Path,
     privacy: str | Mechanism = "plaintext",
     helper: str | None = None,
+    helper_identity: str | Path | None = None,
     record: str | Path | None = None,
     ledger: str | Path | None = None,
     base: str | Path | None = None,
@@ -48,9 +57,11 @@ def connect(
     Args:
         address: `host:port`, or `shm:/path/to/socket` for a host on this machine, through memory shared with it.
         identity: directory with the tenant's `tenant.key`, `tenant.pem` and the host's `ca.pem`.
-        privacy: a mode's name, or a configured mechanism. Only `"plaintext"` exists in this version, which hides
-            nothing from the host.
-        helper: address of a second host; only modes that need one take it, and none does in this version.
+        privacy: a mode's name, or a configured mechanism (docs/pad.md). `"plaintext"` hides nothing from the host.
+        helper: address of a second host with the same base, run by somebody who does not collude with the first; for
+            modes that need one (`"pad"`), and no other.
+        helper_identity: directory of the tenant's identity at the helper; by default `identity/helper` where there is
+            one, and otherwise `identity`.
         record: an existing, empty directory for a recording of what the host sees.
         ledger: file to continue or begin; by default a new one per session in `identity/ledgers`.
         base: a local directory of the same base, to read the tenant's half from instead of fetching it.
@@ -71,8 +82,9 @@ def connect(
         SymbiosisError: as the host says.
     """
     mechanism, choice, dtype = resolve_mechanism(privacy), experts_of(experts), wire_dtype_of(wire_dtype)
-    if helper is not None:
+    if helper is not None and not mechanism.needs_helper:
         raise UnsupportedError(f"the privacy mode {mechanism.name!r} uses no helper", "Leave `helper` out")
+    check_named(mechanism, address=address, helper=helper)
     _check_address(address)
     folder = Path(identity).expanduser()
     credentials = load_credentials(folder)
@@ -85,10 +97,17 @@ def connect(
         transport = _transport(address, credentials, reply_timeout_s)
         undo.callback(transport.close)
         gate = EgressGate(book, destination=address, transcript=transcript)
-        session = Session(transport, gate, mechanism, wire_dtype=dtype, retry=retry)
+        second: HelperSession | None = None
+        if helper is not None:
+            own = load_credentials(_helper_identity(folder, helper_identity))
+            second = _open_helper(helper, own, book, reply_timeout_s, retry)
+            undo.callback(second.close)
+        session = open_session(transport, gate, mechanism, wire_dtype=dtype, helper=second, retry=retry)
+        undo.callback(session.close)
         opened = Base(
             session,
             book,
+            helper=second,
             identity=folder,
             cache=Path(cache).expanduser() if cache is not None else None,
             local=Path(base).expanduser() if base is not None else None,
@@ -96,6 +115,52 @@ def connect(
         )
         undo.pop_all()
     return opened
+
+
+def open_session(
+    transport: Transport,
+    gate: EgressGate,
+    mechanism: Mechanism,
+    *,
+    wire_dtype: torch.dtype | None = None,
+    helper: HelperSession | None = None,
+    retry: RetryConfig | None = None,
+) -> Session:
+    """A session, beside a helper that was checked if there is one.
+
+    Raises:
+        ConfigurationError: the helper is none for this host.
+        SymbiosisError: as `Session`.
+    """
+    longest = MAX_MESSAGE_BYTES if helper is None else helper.max_message_bytes
+    session = Session(
+        transport, gate, mechanism, wire_dtype=wire_dtype, helper=helper, retry=retry, max_message_bytes=longest
+    )
+    if helper is not None:
+        try:
+            helper.check_beside(session, transport)
+        except BaseException:
+            session.close()
+            raise
+    return session
+
+
+def _open_helper(
+    address: str, credentials: Credentials, book: Ledger, reply_timeout_s: float, retry: RetryConfig | None
+) -> HelperSession:
+    _check_address(address)
+    transport = _transport(address, credentials, reply_timeout_s)
+    try:
+        return HelperSession(transport, EgressGate(book, destination=address), retry=retry)
+    except BaseException:
+        transport.close()
+        raise
+
+
+def _helper_identity(identity: Path, chosen: str | Path | None) -> Path:
+    if chosen is not None:
+        return Path(chosen).expanduser()
+    return identity / HELPER_FOLDER if (identity / HELPER_FOLDER).is_dir() else identity
 
 
 def _transport(address: str, credentials: Credentials, reply_timeout_s: float) -> Transport:

@@ -5,6 +5,7 @@ Shape legend: T rows, I width of rows that go out, O width of rows that come bac
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from symbiosis.protocols.messages import (
     BlobKind,
     Call,
     Direction,
+    Draw,
     Fetch,
     Hello,
     Segment,
@@ -36,6 +38,9 @@ from symbiosis.protocols.messages import (
     split_rows,
 )
 from symbiosis.protocols.transport import Transport
+
+_CONCEALED_BYTES = 4
+"""What an element may become when it is hidden, at least (bytes): narrower rows are cut as if they were so wide."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +68,7 @@ class Session:
             they are.
         helper: the second host, for mechanisms that use one.
         retry: how long to come back to a host that has no room.
+        max_message_bytes: the longest payload that others who answer for the same rows take.
 
     Raises:
         VersionError: the host speaks another protocol version.
@@ -78,6 +84,7 @@ class Session:
         wire_dtype: torch.dtype | None = None,
         helper: Helper | None = None,
         retry: RetryConfig | None = None,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
         self._transport = transport
         self._patience = Patience(retry)
@@ -87,7 +94,8 @@ class Session:
         self._lock = threading.RLock()
         self._number = 0
         self._frames = self._sent_bytes = self._rows = 0
-        self._max_message_bytes = MAX_MESSAGE_BYTES
+        self.max_message_bytes = max_message_bytes
+        """The longest payload of a call or answer here (bytes)."""
         self.manifest: Manifest | None = None
         self.session_id = secrets.token_bytes(16)
         self._facts: dict[int, Facts] = {}
@@ -145,7 +153,8 @@ class Session:
         sent_TI = rows_TI if self._transport.keeps_device else rows_TI.cpu()
         if self._wire_dtype is not None and self._wire_dtype.itemsize < rows_TI.dtype.itemsize:
             sent_TI = sent_TI.to(self._wire_dtype)
-        pieces = split_rows(sent_TI, segments, widest=widest, max_bytes=self._max_message_bytes)
+        widest = math.ceil(widest * max(1, _CONCEALED_BYTES / sent_TI.element_size()))
+        pieces = split_rows(sent_TI, segments, widest=widest, max_bytes=self.max_message_bytes)
         answers = [
             self._hidden_call(piece.contiguous(), Group(layers=layers, direction=direction, segments=part))
             for piece, part in pieces
@@ -184,7 +193,7 @@ class Session:
                 f"the host speaks protocol {welcome.protocol}, this side {PROTOCOL_VERSION}",
                 "Install the same release on both sides",
             )
-        self._max_message_bytes = max(1, min(welcome.max_message_bytes, MAX_MESSAGE_BYTES))
+        self.max_message_bytes = max(1, min(welcome.max_message_bytes, self.max_message_bytes))
         return welcome
 
     def _fetch_manifest(self, welcome: Welcome) -> Manifest:
@@ -207,7 +216,7 @@ class Session:
         For mechanisms. Otherwise as `multiply`.
         """
         widest = max(rows_TI.shape[1], _require(self.manifest).widths(group.layers, group.direction)[1])
-        pieces = split_rows(rows_TI, group.segments, widest=widest, max_bytes=self._max_message_bytes)
+        pieces = split_rows(rows_TI, group.segments, widest=widest, max_bytes=self.max_message_bytes)
         with self._lock:
             answers = [self.call(piece, replace(group, segments=part)) for piece, part in pieces]
         return answers[0] if len(answers) == 1 else torch.cat(answers)
@@ -220,13 +229,42 @@ class Session:
             call = Call(
                 number=number, layers=group.layers, direction=group.direction, rows=rows_TI, segments=group.segments
             )
-            reply = self._exchange(call, max_reply_bytes=rows_TI.shape[0] * width_out * rows_TI.element_size())
-        if not isinstance(reply, Answer) or reply.number != number:
+            return self._answer(call, width_out)
+
+    def draw(self, group: Group, *, key: bytes, rows: int) -> torch.Tensor:
+        """The product of the pad that `key` expands to; what a helper is asked for.
+
+        Args:
+            group: what the pad is multiplied by.
+            key: of this pad alone.
+            rows: how many rows the pad has.
+
+        Returns:
+            Field elements, uint32 `(rows, O)`.
+
+        Raises:
+            SymbiosisError: as `multiply`.
+        """
+        width_out = _require(self.manifest).widths(group.layers, group.direction)[1]
+        with self._lock:
+            draw = Draw(
+                number=self._next_number(),
+                key=key,
+                layers=group.layers,
+                direction=group.direction,
+                rows=rows,
+                segments=group.segments,
+            )
+            return self._answer(draw, width_out)
+
+    def _answer(self, asked: Call | Draw, width_out: int) -> torch.Tensor:
+        shape = (asked.row_count, width_out)
+        reply = self._exchange(asked, max_reply_bytes=math.prod(shape) * asked.dtype.itemsize)
+        if not isinstance(reply, Answer) or reply.number != asked.number:
             raise FrameError("the host answered a call with something else", "Connect again")
-        if reply.rows.shape != (rows_TI.shape[0], width_out) or reply.rows.dtype != rows_TI.dtype:
+        if reply.rows.shape != shape or reply.rows.dtype != asked.dtype:
             raise ProtocolError(
-                f"the host answered with {tuple(reply.rows.shape)} {reply.rows.dtype}, "
-                f"expected ({rows_TI.shape[0]}, {width_out}) {rows_TI.dtype}",
+                f"the host answered with {tuple(reply.rows.shape)} {reply.rows.dtype}, expected {shape} {asked.dtype}",
                 "Install the same release on both sides",
             )
         return reply.rows

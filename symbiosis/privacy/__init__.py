@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from symbiosis.privacy.gaussian import Gaussian, GaussianConfig
     from symbiosis.privacy.mechanism import Mechanism, Plaintext
     from symbiosis.privacy.mixing import Mixing, MixingConfig
+    from symbiosis.privacy.pad import Pad, PadConfig
     from symbiosis.privacy.transcript import RecordedFrame, Transcript, read_transcript
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "Mechanism",
     "Mixing",
     "MixingConfig",
+    "Pad",
+    "PadConfig",
     "Plaintext",
     "RecordedFrame",
     "Transcript",
@@ -39,6 +42,8 @@ _HOMES = {
     "Mechanism": "symbiosis.privacy.mechanism",
     "Mixing": "symbiosis.privacy.mixing",
     "MixingConfig": "symbiosis.privacy.mixing",
+    "Pad": "symbiosis.privacy.pad",
+    "PadConfig": "symbiosis.privacy.pad",
     "Plaintext": "symbiosis.privacy.mechanism",
     "RecordedFrame": "symbiosis.privacy.transcript",
     "Transcript": "symbiosis.privacy.transcript",

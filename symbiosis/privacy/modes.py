@@ -13,6 +13,7 @@ MODES: dict[str, tuple[str, str]] = {
     "gaussian": ("symbiosis.privacy.gaussian", "Gaussian"),
     "additive": ("symbiosis.privacy.additive", "Additive"),
     "mixing": ("symbiosis.privacy.mixing", "Mixing"),
+    "pad": ("symbiosis.privacy.pad", "Pad"),
 }
 """Module and class of each mode; the class is made without arguments, with its default settings."""
 

@@ -13,6 +13,7 @@ from symbiosis.protocols.codec import Assembler, Encoded, Reply, Request, reply_
 from symbiosis.protocols.diagnose import handshake_error
 from symbiosis.protocols.identity import Credentials
 from symbiosis.protocols.limits import GRPC_MESSAGE_BYTES
+from symbiosis.protocols.peer import peer_at
 from symbiosis.protocols.status import Refusal, error_of
 
 if TYPE_CHECKING:
@@ -66,6 +67,10 @@ class GrpcTransport:
         if isinstance(reply, Refusal):
             raise error_of(reply)
         return reply
+
+    def peer(self) -> str:
+        """See `Transport.peer`. gRPC does not show a client the host's certificate; a handshake of our own does."""
+        return peer_at(self.address, self._credentials)
 
     def close(self) -> None:
         """End the stream and the channel."""

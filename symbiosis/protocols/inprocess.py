@@ -57,6 +57,10 @@ class InProcessTransport:
         byte_count = request.row_count * widths * request.dtype.itemsize
         return handler.admit(self._tenant, byte_count=byte_count, rows=request.row_count)
 
+    def peer(self) -> str:
+        """See `Transport.peer`; here, which object answers."""
+        return f"inprocess:{id(self._handler)}"
+
     def close(self) -> None:
         """Let go of the host."""
         self._handler = None

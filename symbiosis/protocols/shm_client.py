@@ -19,6 +19,7 @@ from symbiosis.protocols.codec import Assembler, Encoded, Reply, Request, reply_
 from symbiosis.protocols.diagnose import refused_handshake
 from symbiosis.protocols.identity import Credentials
 from symbiosis.protocols.messages import Call, Draw, Welcome
+from symbiosis.protocols.peer import public_key_digest
 from symbiosis.protocols.shm import (
     HOST_NAME,
     RING,
@@ -85,6 +86,10 @@ class ShmTransport:
         if isinstance(reply, Refusal):
             raise error_of(reply)
         return reply
+
+    def peer(self) -> str:
+        """See `Transport.peer`."""
+        return public_key_digest(self._channel.peer_certificate)
 
     def close(self) -> None:
         """End the session; the host forgets it at once."""

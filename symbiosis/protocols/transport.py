@@ -102,6 +102,15 @@ class Transport(Protocol):
     received_bytes: int
     """Application bytes that came back so far, length prefixes included."""
 
+    def peer(self) -> str:
+        """What the other end is known by, whatever its address: the digest of its certificate's public key.
+
+        Raises:
+            HostUnavailableError: it does not answer.
+            CertificateError: it is not accepted.
+        """
+        ...
+
     def exchange(self, request: Request, encoded: Encoded, *, max_reply_bytes: int) -> Reply:
         """Send a request and wait for its reply.
 

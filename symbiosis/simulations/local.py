@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from symbiosis.clients.base import Base
-from symbiosis.clients.connection import connect
+from symbiosis.clients.connection import HELPER_FOLDER, connect, open_session
 from symbiosis.clients.experts import Experts, experts_of
 from symbiosis.clients.gate import EgressGate
-from symbiosis.clients.session import Session
+from symbiosis.clients.helper import HelperSession
 from symbiosis.errors import ConfigurationError, UnsupportedError
 from symbiosis.privacy.ledger import Ledger
 from symbiosis.privacy.mechanism import Mechanism
 from symbiosis.privacy.modes import resolve_mechanism
+from symbiosis.privacy.pad import Pad
 from symbiosis.protocols.authority import Authority
 from symbiosis.protocols.identity_directory import create_request, install_certificate
 from symbiosis.protocols.inprocess import InProcessTransport
@@ -63,7 +64,9 @@ def local_base(
             for the small base that comes with this package.
         transport: `"inprocess"`, `"shm"` for shared memory, or `"grpc"` for mutual TLS over loopback; with the last two
             other processes on this machine may `connect(base.address, identity=base.identity)` too.
-        privacy: as `connect`.
+        privacy: as `connect`. For a mode that uses a helper one is hosted here, too: a second host over the same
+            memory, under an authority of its own. Whoever runs both sees the rows; it is for experiments. `"pad"` holds
+            a float base as int8 by itself.
         record: as `connect`.
         ledger: file to continue or begin; by default one that is removed when the base is closed.
         publish: what the host publishes; `"all"` lets operations that need a hosted weight's numbers download it.
@@ -81,16 +84,20 @@ def local_base(
         message = f"there is no transport {transport!r} in this version"
         raise UnsupportedError(message, "Use 'inprocess', 'shm' or 'grpc'")
     mechanism, choice, usable = resolve_mechanism(privacy), experts_of(experts), usable_devices(devices)
+    storage = Storage.INT8 if isinstance(mechanism, Pad) else Storage(weights)
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="symbiosis-local-")))
-        hosted = _hosted(model_or_path, dtype, publish=Publish(publish), storage=Storage(weights), devices=usable)
+        hosted = _hosted(model_or_path, dtype, publish=Publish(publish), storage=storage, devices=usable)
         host = stack.enter_context(Host(hosted, admission=_ONE_TENANT))
+        second = stack.enter_context(Host(hosted, admission=_ONE_TENANT)) if mechanism.needs_helper else None
         ledger_path = Path(ledger) if ledger is not None else scratch / "ledger.jsonl"
         if transport != "inprocess":
+            identity = scratch / "identity"
             base = connect(
-                _serve(host, transport, scratch, stack),
-                identity=scratch / "identity",
+                _serve(host, transport, identity, stack),
+                identity=identity,
                 privacy=mechanism,
+                helper=_serve(second, transport, identity / HELPER_FOLDER, stack) if second is not None else None,
                 record=record,
                 ledger=ledger_path,
                 cache=None,
@@ -103,9 +110,16 @@ def local_base(
             stack.callback(book.close)
             gate = EgressGate(book, destination="inprocess", transcript=transcript)
             wire = InProcessTransport(host, tenant=LOCAL_TENANT)
-            session = Session(wire, gate, mechanism, wire_dtype=wire_dtype_of(wire_dtype))
-            base = Base(session, book, experts=choice)
+            helper = _helper(second, book) if second is not None else None
+            session = open_session(wire, gate, mechanism, wire_dtype=wire_dtype_of(wire_dtype), helper=helper)
+            base = Base(session, book, experts=choice, helper=helper)
         return base.own(stack.pop_all().close)
+
+
+def _helper(host: Host, book: Ledger) -> HelperSession:
+    return HelperSession(
+        InProcessTransport(host, tenant=LOCAL_TENANT), EgressGate(book, destination="inprocess helper")
+    )
 
 
 def _hosted(model_or_path: PreTrainedModel | str | Path, dtype: str, **options: Any) -> HostedBase:
@@ -130,10 +144,9 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _serve(host: Host, transport: str, scratch: Path, stack: contextlib.ExitStack) -> str:
-    """Let other processes on this machine reach the host, under an authority of its own; the address."""
+def _serve(host: Host, transport: str, identity: Path, stack: contextlib.ExitStack) -> str:
+    """Let other processes on this machine reach a host, under an authority of its own; the address."""
     authority = Authority.create(common_name="symbiosis local", lifetime=timedelta(days=365))
-    identity = scratch / "identity"
     request = create_request(identity, LOCAL_TENANT)
     certificate = authority.sign_tenant(request, lifetime=timedelta(days=365), expected_name=LOCAL_TENANT)
     install_certificate(identity, certificate_pem=certificate, ca_pem=authority.certificate_pem)
@@ -141,7 +154,7 @@ def _serve(host: Host, transport: str, scratch: Path, stack: contextlib.ExitStac
     if transport == "shm":
         from symbiosis.server.shm_service import ShmConfig, ShmService  # noqa: PLC0415 - Linux only
 
-        return stack.enter_context(ShmService(host, credentials, ShmConfig(path=scratch / "shm" / "host"))).address
+        return stack.enter_context(ShmService(host, credentials, ShmConfig(path=identity / "shm" / "host"))).address
     from symbiosis.server.service import Service  # noqa: PLC0415 - loads gRPC
 
     return stack.enter_context(Service(host, credentials)).address

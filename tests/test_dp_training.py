@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 import torch
 from conftest import OpenBase
 from opacus.accountants import PRVAccountant, RDPAccountant
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from scipy.stats import binom, kstest, norm
 from test_train_cli import TRAINING, main, toml
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -32,11 +31,8 @@ from symbiosis.errors import ConfigurationError, MissingExtraError, PrivacyBudge
 
 LENGTHS = (5, 12, 7, 3, 9, 12)
 """Of the examples that one step is made with; padding must not matter."""
+LORA = {"r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_lora_weights": False}
 DP = DPConfig(epsilon=4.0, delta=1e-3, max_grad_norm=1.0, accountant="rdp")
-ADAPTERS: dict[str, Callable[[], Any]] = {
-    "LORA": lambda: LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False),
-    "PROMPT_TUNING": lambda: PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
-}
 
 
 # --- one step
@@ -65,9 +61,13 @@ def padded(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
-def adapted(base: Any, method: str) -> Any:
+def adapted(base: Any) -> Any:
     torch.manual_seed(3)
-    return get_peft_model(base.load(AutoModelForCausalLM), ADAPTERS[method]())
+    model = get_peft_model(base.load(AutoModelForCausalLM), LoraConfig(**LORA))
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.double()
+    return model
 
 
 def trainer_of(model: Any, folder: Path, *, dp: DPConfig = DP, noise: float | None = None, **changed: Any) -> Any:
@@ -111,15 +111,15 @@ def gradients(model: Any) -> torch.Tensor:
     parameters = [weight for weight in model.parameters() if weight.requires_grad]
     found = []
     for row in examples():
-        one = {name: torch.tensor([value]) for name, value in row.items()}
-        loss = model(**one).loss  # transformers' own: the mean over the example's tokens
+        ids = torch.tensor([row["input_ids"]])
+        log_p = model(input_ids=ids).logits[0, -ids.shape[1] :].log_softmax(-1)
+        loss = -torch.stack([log_p[at - 1, ids[0, at]] for at in range(2, ids.shape[1])]).mean()
         found.append(torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, parameters)]))
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("method", ADAPTERS)
-def test_a_step_is_the_sum_of_clipped_gradients(method: str, exact_base: Any, tmp_path: Path) -> None:
-    model = adapted(exact_base, method)
+def test_a_step_is_the_sum_of_clipped_gradients(exact_base: Any, tmp_path: Path) -> None:
+    model = adapted(exact_base)
     by_example = gradients(model)
     norms = by_example.norm(dim=1)
     clip = float(norms.median())
@@ -148,7 +148,7 @@ def test_losses_of_examples_are_their_own() -> None:
 
 def test_the_noise_of_a_step(exact_base: Any, tmp_path: Path) -> None:
     """Of the promised size, normal, and new in every run of the same seed."""
-    models = [adapted(exact_base, "LORA") for _ in range(3)]
+    models = [adapted(exact_base) for _ in range(3)]
     assert torch.equal(weights(models[0]), weights(models[1]))
     plain = moved(models[0], trainer_of(models[0], tmp_path / "a", noise=0.0))
     noises = []
@@ -199,7 +199,7 @@ def test_poisson_sampling() -> None:
 
 def test_a_batch_without_examples(exact_base: Any, tmp_path: Path) -> None:
     """Noise alone is released, it is counted, and nothing leaves."""
-    model = adapted(exact_base, "LORA")
+    model = adapted(exact_base)
     trainer = trainer_of(model, tmp_path, per_device_train_batch_size=2)
     optimizer = trainer.create_optimizer()
     nothing = trainer.get_train_dataloader().collate_fn([])
@@ -238,12 +238,12 @@ def test_epsilon_without_sampling_is_the_closed_form() -> None:
         budget.spend()
     mu, spent = math.sqrt(9) / budget.noise_multiplier, budget.report.epsilon
     delta = norm.cdf(-spent / mu + mu / 2) - math.exp(spent) * norm.cdf(-spent / mu - mu / 2)
-    assert 0.9e-4 < delta <= 1e-4
+    assert 0.8e-4 < delta <= 1e-4
     assert spent <= 3
 
 
 def test_training_stops_at_the_end_of_the_budget(exact_base: Any, tmp_path: Path) -> None:
-    model = adapted(exact_base, "LORA")
+    model = adapted(exact_base)
     trainer = trainer_of(model, tmp_path, max_steps=2)
     trainer.budget.steps = 1
     with pytest.raises(PrivacyBudgetError):
@@ -344,6 +344,7 @@ METHODS: dict[str, tuple[dict[str, Any], str]] = {
     "DoRA": ({"r": 2, "target_modules": ["v_proj"], "use_dora": True}, "LORA"),
     "VERA": ({"method": "VERA", "r": 2, "target_modules": ["v_proj"]}, "VERA"),
     "LN_TUNING": ({"method": "LN_TUNING"}, "LN_TUNING"),
+    "PROMPT_TUNING": ({"method": "PROMPT_TUNING", "num_virtual_tokens": 3}, "PROMPT_TUNING"),
 }
 
 
@@ -366,6 +367,7 @@ def test_methods_that_opacus_cannot_take_apart(
         ("gradient_accumulation_steps", 2),
         ("bf16", True),
         ("gradient_checkpointing", True),
+        ("activation_checkpointing", True),
         ("packing", True),
         ("padding_free", True),
         ("label_smoothing_factor", 0.1),
@@ -378,8 +380,8 @@ def test_methods_that_opacus_cannot_take_apart(
     ],
 )
 def test_settings_that_would_break_the_promise(setting: str, value: Any, tmp_path: Path) -> None:
-    path = toml(tmp_path / "project", training=TRAINING | {setting: value}, dp={"epsilon": 3.0})
-    with pytest.raises(UnsupportedError, match=f"training.{setting}"):
+    path = toml(tmp_path / "project", training=TRAINING | {"use_cpu": True, setting: value}, dp={"epsilon": 3.0})
+    with pytest.raises(UnsupportedError, match=rf"training\.{setting.replace('gradient_ch', 'activation_ch')}"):
         prepare(FineTuneConfig.read(path))
     assert not (path.parent / "out").exists()
 
@@ -424,7 +426,7 @@ def test_budgets_that_cannot_be_had() -> None:
 
 
 def test_an_adapter_in_half_precision(exact_base: Any, tmp_path: Path) -> None:
-    model = adapted(exact_base, "LORA")
+    model = adapted(exact_base)
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.to(torch.bfloat16)
@@ -434,7 +436,7 @@ def test_an_adapter_in_half_precision(exact_base: Any, tmp_path: Path) -> None:
 
 def test_rows_of_several_examples_in_one(exact_base: Any, tmp_path: Path) -> None:
     """As the experts of a mixture are given them: Opacus would clip tokens instead of examples, without an error."""
-    model = adapted(exact_base, "LORA")
+    model = adapted(exact_base)
     layer = next(module for name, module in model.named_modules() if name.endswith("down_proj"))
     forward = layer.forward
     layer.forward = lambda rows: forward(rows.flatten(0, 1)).view(*rows.shape[:2], -1)
@@ -443,7 +445,7 @@ def test_rows_of_several_examples_in_one(exact_base: Any, tmp_path: Path) -> Non
 
 
 def test_weights_used_past_their_module(exact_base: Any, tmp_path: Path) -> None:
-    model = adapted(exact_base, "LORA")
+    model = adapted(exact_base)
     layer = next(module for name, module in model.named_modules() if name.endswith("down_proj"))
     forward, weight = layer.forward, layer.lora_A["default"].weight
     layer.forward = lambda rows: forward(rows) * (1 + weight.sum())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from opacus.accountants import create_accountant
@@ -112,22 +115,34 @@ class Budget:
             )
 
     def _epsilon(self) -> float:
-        return float(self._accountant.get_epsilon(self._config.delta)) if self._accountant.history else 0.0
+        if not self._accountant.history:
+            return 0.0
+        with _without_hints():
+            return float(self._accountant.get_epsilon(self._config.delta))
 
     def _calibrated(self) -> float:
         config = self._config
         try:
-            return float(
-                get_noise_multiplier(
+            with _without_hints():
+                noise = get_noise_multiplier(
                     target_epsilon=config.epsilon,
                     target_delta=config.delta,
                     sample_rate=self.sample_rate,
                     steps=self.steps,
                     accountant=config.accountant,
                 )
-            )
+            return float(noise)
         except (ValueError, RuntimeError, ArithmeticError) as error:
             raise ConfigurationError(
                 f"dp.epsilon is {config.epsilon:g}: Opacus finds no noise for {self.steps:,} steps: {error}",
                 "Allow more, make fewer steps, or try another dp.accountant",
             ) from error
+
+
+@contextlib.contextmanager
+def _without_hints() -> Iterator[None]:
+    """Opacus says how a bound might be tighter, and numpy that log 0 is -inf when every example is in every step."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Optimal order is the")
+        warnings.filterwarnings("ignore", message="divide by zero encountered in log")
+        yield

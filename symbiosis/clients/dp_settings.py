@@ -14,6 +14,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "gradient_accumulation_steps": ((1,), "every step is one Poisson sample; set per_device_train_batch_size instead"),
     "bf16": ((False,), "gradients and noise are computed in the adapter's own dtype"),
     "fp16": ((False,), "scaling the loss would scale gradients before they are clipped"),
+    "activation_checkpointing": ((False,), "recomputed rows would be counted twice"),
     "gradient_checkpointing": ((False,), "recomputed rows would be counted twice"),
     "packing": ((False,), "several examples would be one"),
     "padding_free": ((False,), "several examples would be one"),

@@ -36,6 +36,8 @@ def private_trainer(base: Any) -> Any:
     """
 
     class PrivateTrainer(base):  # type: ignore[misc]
+        optimizer: Any
+
         def __init__(self, *args: Any, dp: DPConfig, method: str, **options: Any) -> None:
             super().__init__(*args, **options)
             self._gradients = ExampleGradients(self.model, method=method)
@@ -68,13 +70,14 @@ def private_trainer(base: Any) -> Any:
         def create_optimizer(self, model: Any = None) -> Any:
             """The trainer's own, behind clipping and noise."""
             if self.optimizer is None:
-                self.optimizer = SecretNoiseOptimizer(
+                private = SecretNoiseOptimizer(
                     super().create_optimizer(model),
                     noise_multiplier=self.budget.noise_multiplier,
                     max_grad_norm=self.budget.max_grad_norm,
                     expected_batch_size=self.budget.expected_batch,
                 )
-                self.optimizer.attach_step_hook(lambda _: self.budget.spend())
+                private.attach_step_hook(lambda _: self.budget.spend())
+                self.optimizer = private
             return self.optimizer
 
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:

@@ -125,7 +125,7 @@ def _same_run(path: Path, settings: dict[str, Any]) -> float | None:
         kept = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"output.resume: {path} cannot be read", "Begin in an empty directory") from error
-    for section in settings.keys() | kept.keys() - {"loss_before"}:
+    for section in sorted(settings.keys() | kept.keys() - {"loss_before"}):
         values, before = settings.get(section, {}), kept.get(section, {})
         for key in values.keys() | before.keys():
             if values.get(key) != before.get(key):

@@ -87,7 +87,7 @@ Trained by DP-SGD with Opacus: ({report.epsilon:.4f}, {report.delta:g})-differen
 | neighbouring data | {report.neighbours} |
 | noise multiplier, clipping norm | {report.noise_multiplier:.6g}, {report.max_grad_norm:g} |
 | steps | {report.steps:,} |
-| sampling | {report.sampler}, {report.sample_rate:.6g} of {report.examples:,} examples on average |
+| sampling | {report.sampler}: each of {report.examples:,} examples with probability {report.sample_rate:.6g} |
 | accountant | {report.accountant} (Opacus) |
 
 The guarantee is of the adapter: not of what the host saw while it was trained, and not of examples that were held out.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +54,7 @@ def main() -> None:
         "environment": describe(),
     }
     text = json.dumps(result, indent=1)
-    print(text)
+    sys.stdout.write(text + "\n")
     if out is not None:
         out.write_text(text + "\n", encoding="utf-8")
 

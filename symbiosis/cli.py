@@ -174,12 +174,22 @@ def simulate(  # one option per setting; Typer reads them from the signature
 def train(
     config: Annotated[Path, typer.Argument(help="A TOML file; docs/train.md shows a whole one.")],
     privacy: Annotated[str | None, typer.Option(help="The privacy mode, instead of the file's.")] = None,
+    dp_epsilon: Annotated[
+        float | None, typer.Option(help="Train the adapter with differential privacy, and spend this ε at most.")
+    ] = None,
+    dp_delta: Annotated[
+        float | None, typer.Option(help="δ of differential privacy, below 1 / examples; 1e-5 if the file says none.")
+    ] = None,
+    dp_max_grad_norm: Annotated[
+        float | None, typer.Option(help="What an example's gradient is clipped to; 1.0 if the file says none.")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Fine-tune privately on a hosted base, as a TOML file says."""
     from symbiosis.clients.finetune_config import FineTuneConfig  # noqa: PLC0415 - commands load what they need
 
-    settings = FineTuneConfig.read(config)
+    options = {"epsilon": dp_epsilon, "delta": dp_delta, "max_grad_norm": dp_max_grad_norm}
+    settings = FineTuneConfig.read(config, dp=options)
     if privacy is not None:
         settings = replace(settings, base=replace(settings.base, privacy=privacy))
     _keep_to_oneself(settings.base)

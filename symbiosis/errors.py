@@ -18,6 +18,7 @@
     │   ├── CertificateError       missing, expired, foreign or malformed certificate or key
     │   └── EnrolmentError         a certificate request that cannot be granted
     ├── PolicyError                the host does not publish, or not to this tenant
+    ├── PrivacyBudgetError         another step would spend more ε than was allowed
     ├── CustodyError               the egress gate refused to let something leave
     ├── PrivacyError               rows cannot be hidden as promised any more; none left
     ├── LedgerError                the ledger cannot be written, or does not verify
@@ -159,6 +160,12 @@ class PolicyError(SymbiosisError):
     """The host's publishing policy does not allow what was asked for."""
 
     code = "policy"
+
+
+class PrivacyBudgetError(SymbiosisError):
+    """Another step of differentially private training would spend more than was allowed; it was not made."""
+
+    code = "privacy-budget"
 
 
 class CustodyError(SymbiosisError):

@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from symbiosis.clients.base import Base
+from symbiosis.clients.dp_settings import check_arguments
 from symbiosis.clients.finetune_config import FineTuneConfig
 from symbiosis.clients.finetune_data import read_examples
 from symbiosis.clients.finetune_result import FineTuneResult, plot_losses, write_result
@@ -26,10 +27,13 @@ def prepare(config: FineTuneConfig) -> Plan:
 
     Raises:
         ConfigurationError: something cannot be used; the message names the key.
+        MissingExtraError: a package that only an extra installs.
     """
     arguments = training_arguments(
         config.training, directory=config.output.directory / CHECKPOINTS, evaluates=bool(config.data.eval)
     )
+    if config.dp is not None:
+        check_arguments(arguments, config.training)
     adapter = adapter_config(config.adapter)
     field = arguments.dataset_text_field
     train = read_examples(config.data.train, text_field=field, key="data.train")
@@ -56,24 +60,28 @@ def run(plan: Plan, base: Base, report: Report) -> FineTuneResult:
         run_file.keep_loss_before(_held_out_loss(trainer))
     started = time.monotonic()
     if run_file.finished:
-        _take_over(trainer, run_file)
+        _take_over(trainer, run_file, private=plan.config.dp is not None)
     else:
         trainer.train(resume_from_checkpoint=str(run_file.checkpoint) if run_file.checkpoint is not None else None)
     after = _held_out_loss(trainer) if plan.held_out is not None else None
     seconds = time.monotonic() - started
     trainer.model.save_pretrained(str(plan.directory))
+    if plan.config.dp is not None:
+        trainer.budget.save(plan.directory)
     _keep_template(plan, trainer)
     result = _result(plan, base, trainer, run_file, after=after, seconds=seconds)
     write_result(result, run_file.settings)
     return result
 
 
-def _take_over(trainer: Any, file: RunFile) -> None:
+def _take_over(trainer: Any, file: RunFile, *, private: bool) -> None:
     """Load a finished run's last checkpoint; the Trainer would train one step more."""
     from peft import load_peft_weights, set_peft_model_state_dict  # noqa: PLC0415 - slow
 
     set_peft_model_state_dict(trainer.model, load_peft_weights(str(file.checkpoint), device="cpu"))
     trainer.state = file.state()
+    if private and file.checkpoint is not None:
+        trainer.budget.restore(file.checkpoint, step=file.resumed_from)
 
 
 def _held_out_loss(trainer: Any) -> float:
@@ -119,6 +127,7 @@ def _result(
         losses_held_out=by_step,
         seconds=round(seconds, 3),
         privacy=base.privacy,
+        dp=trainer.budget.report if plan.config.dp is not None else None,
         frames=traffic.frames,
         bytes_sent=traffic.sent_bytes,
         bytes_received=traffic.received_bytes,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
+from symbiosis.clients.dp_config import DPConfig
 from symbiosis.errors import ConfigurationError
 
 CHOICES = {
@@ -117,10 +118,16 @@ class FineTuneConfig:
     adapter: AdapterChoice = field(default_factory=AdapterChoice)
     training: Mapping[str, Any] = field(default_factory=dict)
     """Fields of TRL's `SFTConfig`, which are those of `transformers.TrainingArguments` and more."""
+    dp: DPConfig | None = None
+    """Differential privacy of the adapter; without the section there is none."""
 
     @classmethod
-    def read(cls, path: Path) -> Self:
+    def read(cls, path: Path, *, dp: Mapping[str, float | None] | None = None) -> Self:
         """Read a TOML file; relative paths in it are relative to its own directory.
+
+        Args:
+            path: the file.
+            dp: what stands in place of keys of its section [dp]; `None` leaves a key as it is.
 
         Raises:
             ConfigurationError: it cannot be read, or a key is unknown, missing or of the wrong type; the message
@@ -132,6 +139,9 @@ class FineTuneConfig:
             raise ConfigurationError(f"cannot read {path}: {error.strerror}", "Check the path") from error
         except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigurationError(f"{path} is not TOML: {error}", "docs/train.md shows a whole file") from error
+        chosen = {name: value for name, value in (dp or {}).items() if value is not None}
+        if chosen and isinstance(section := values.get("dp", {}), dict):
+            values["dp"] = section | chosen
         return cls.from_mapping(values, folder=path.resolve().parent)
 
     @classmethod
@@ -150,6 +160,7 @@ class FineTuneConfig:
             adapter=AdapterChoice(method=method or "", settings=adapter),
             training=_training(dict(values.get("training", {})), folder),
             output=_output(_Section(values.get("output", {}), "output", folder, OutputChoice)),
+            dp=DPConfig.from_section(_Section(values["dp"], "dp", folder, DPConfig).all) if "dp" in values else None,
         )
 
 
@@ -171,6 +182,11 @@ class _Section:
             names = [entry.name for entry in fields(owner)]  # type: ignore[arg-type]
             if key not in names:
                 known(f"{name}.{key}", names)
+
+    @property
+    def all(self) -> Mapping[str, Any]:
+        """Every key as it was written."""
+        return self._values
 
     def text(self, key: str) -> str | None:
         """A text that is not empty, or `None`."""

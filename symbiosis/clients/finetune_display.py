@@ -57,6 +57,7 @@ def summary(result: FineTuneResult) -> RenderableType:
         "steps": f"{result.steps:,}" + (f", resumed at {result.resumed_from:,}" if result.resumed_from else ""),
         "training loss": f"{result.loss_train:.4f}",
         "held-out loss": _held_out(result),
+        **({"differential privacy": result.dp.summary} if result.dp is not None else {}),
         "time": f"{result.seconds:.1f} s",
         "traffic": f"{result.frames:,} messages, {result.bytes_sent:,} bytes sent, {result.bytes_received:,} received",
         "ledger": f"{result.ledger_entries:,} entries, {result.ledger}",

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from symbiosis.clients.dp_report import PrivacyReport, card_section
+
 _log = logging.getLogger(__name__)
 
 RESULT_NAME, PLOT_NAME, CARD_NAME = "result.json", "losses.png", "README.md"
@@ -51,6 +53,8 @@ class FineTuneResult:
     """Of this process, as are the figures of traffic; the ledger has all."""
     privacy: Mapping[str, Any]
     """How rows were hidden from the host: `mode`, `promise`, and the mechanism's figures of this process."""
+    dp: PrivacyReport | None
+    """Differential privacy of the adapter; `None` without."""
     frames: int
     bytes_sent: int
     bytes_received: int
@@ -126,12 +130,23 @@ def model_card(result: FineTuneResult) -> str:
     )
     meaning = privacy_meaning(result.privacy)
     picture = f"\n![losses]({PLOT_NAME})\n" if result.plot else ""
+    loss = f"training {result.loss_train:.4f}; {held_out}"
+    traffic = f"{result.frames:,} messages, {result.bytes_sent:,} bytes sent, {result.bytes_received:,} bytes received"
+    ledger = f"{result.ledger_entries:,} entries, {result.ledger_bytes:,} bytes left; head `{result.ledger_head}`"
+    tag, promise = "", ""
+    if result.dp is not None:  # what is computed from the training data without noise has no place beside the adapter
+        loss, picture = held_out, ""
+        traffic, ledger = (
+            "left out, as is the training loss: no noise was added to them",
+            f"head `{result.ledger_head}`",
+        )
+        tag, promise = "\n- differential-privacy", f"\n{card_section(result.dp)}"
     return f"""---
 library_name: peft
 pipeline_tag: text-generation
 tags:
 - symbiosis
-- {result.method.lower()}
+- {result.method.lower()}{tag}
 ---
 
 # A {result.method} adapter for {result.base}
@@ -146,14 +161,14 @@ A plain PEFT adapter for `{result.base}` ({result.architecture}), fine-tuned by 
 | method | {result.method}, {result.trainable_parameters:,} trainable parameters |
 | data | {result.examples_train:,} sequences ({result.format}), private |
 | steps | {result.steps:,} |
-| loss (nats per token) | training {result.loss_train:.4f}; {held_out} |
+| loss (nats per token) | {loss} |
 | privacy mode | `{result.privacy["mode"]}` |
-| traffic | {result.frames:,} messages, {result.bytes_sent:,} bytes sent, {result.bytes_received:,} bytes received |
-| ledger | {result.ledger_entries:,} entries, {result.ledger_bytes:,} bytes left; head `{result.ledger_head}` |
+| traffic | {traffic} |
+| ledger | {ledger} |
 
 **Privacy.** {meaning}
 Check the ledger with `symbiosis audit verify`; its head must be the one above or follow it.
-{picture}"""
+{promise}{picture}"""
 
 
 def _finite(value: Any) -> Any:

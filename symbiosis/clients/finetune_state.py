@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,8 @@ class RunFile:
             "adapter": {"method": plan.config.adapter.method.upper(), **plan.config.adapter.settings},
             "training": dict(plan.config.training),
         }
+        if plan.config.dp is not None:
+            settings["dp"] = asdict(plan.config.dp)
         settings = json.loads(json.dumps(settings, default=str))
         loss = None
         if checkpoint is not None:
@@ -123,8 +125,8 @@ def _same_run(path: Path, settings: dict[str, Any]) -> float | None:
         kept = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"output.resume: {path} cannot be read", "Begin in an empty directory") from error
-    for section, values in settings.items():
-        before = kept.get(section, {})
+    for section in sorted(settings.keys() | kept.keys() - {"loss_before"}):
+        values, before = settings.get(section, {}), kept.get(section, {})
         for key in values.keys() | before.keys():
             if values.get(key) != before.get(key):
                 raise ConfigurationError(

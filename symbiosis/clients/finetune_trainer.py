@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from symbiosis.clients.base import Base
@@ -45,8 +46,9 @@ def build_trainer(plan: Plan, base: Base, report: Report) -> Any:
     model = _with_adapter(plan, base.load(AutoModelForCausalLM))
     report(Progress(step=0, total=0, note="preparing the data"))
     length = plan.arguments.max_length
+    make = _trainer_class(plan)
     try:
-        trainer = _quiet_trainer()(
+        trainer = make(
             model=model,
             args=plan.arguments,
             train_dataset=to_dataset(plan.train, tokenizer, block_tokens=length),
@@ -88,6 +90,15 @@ def _quiet_trainer() -> Any:
             """The adapter has a card of its own."""
 
     return QuietTrainer
+
+
+def _trainer_class(plan: Plan) -> Any:
+    """The quiet trainer, or one that is differentially private besides."""
+    if plan.config.dp is None:
+        return _quiet_trainer()
+    from symbiosis.clients.dp_trainer import private_trainer  # noqa: PLC0415 - needs an extra
+
+    return partial(private_trainer(_quiet_trainer()), dp=plan.config.dp, method=plan.config.adapter.method.upper())
 
 
 def _reporter(report: Report) -> Any:

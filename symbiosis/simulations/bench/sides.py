@@ -148,7 +148,7 @@ class Ours(Side):
         return self.pids[0]
 
     def serve(self, directory: Path, options: HostOptions, *, transports: Sequence[str], tenants: int) -> None:
-        """Serve a base to a number of tenants, from a fresh process: one that served another base may hold its memory."""
+        """Serve a base to a number of tenants from a fresh process: an older one may hold what it served before."""
         if self._host is not None:
             self.pool.end([self._host])
         self._host = self.pool.start("the host")

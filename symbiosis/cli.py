@@ -512,6 +512,29 @@ def bench_call(  # one option per setting; Typer reads them from the signature
     _bench(lambda report: run_call(config, report=report), call_table, out=out, json_=json_)
 
 
+@bench_app.command("privacy")
+def bench_privacy(  # one option per setting; Typer reads them from the signature
+    modes: Annotated[str, typer.Option(help="Modes, separated by commas; all of them by default.")] = "",
+    rounds: Annotated[int | None, typer.Option(help="Rounds that a ratio is the median of.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps after which losses are compared.")] = None,
+    preset: Annotated[str, typer.Option(help="Model and work: default, or tiny, which takes seconds.")] = "default",
+    transport: Annotated[str, typer.Option(help="Way to the host: inprocess, shm or grpc.")] = "shm",
+    models: Annotated[Path | None, typer.Option(help="Directory for the model, which is written once.")] = None,
+    out: BenchOut = None,
+    json_: Json = False,
+) -> None:
+    """What each privacy mode costs and changes, next to plaintext."""
+    from symbiosis.simulations.bench.config import DEFAULT_MODELS, privacy_config  # noqa: PLC0415
+    from symbiosis.simulations.bench.display import privacy_table  # noqa: PLC0415
+    from symbiosis.simulations.bench.privacy import run_privacy  # noqa: PLC0415
+
+    chosen = tuple(name.strip() for name in modes.split(",") if name.strip())
+    given = {"modes": chosen or None, "rounds": rounds, "steps": steps}
+    fields = {name: value for name, value in given.items() if value is not None}
+    config = privacy_config(preset, transport=transport, models=models or DEFAULT_MODELS, **fields)
+    _bench(lambda report: run_privacy(config, report=report), privacy_table, out=out, json_=json_)
+
+
 def _bench(
     run: Callable[[Callable[[str], None]], dict[str, Any]],
     table: Callable[[Mapping[str, Any]], RenderableType],

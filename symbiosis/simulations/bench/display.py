@@ -103,3 +103,29 @@ def _speed(side: Mapping[str, Any]) -> str:
 
 def _gigabytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB"
+
+
+def privacy_table(result: Mapping[str, Any]) -> RenderableType:
+    """What each mode costs and changes."""
+    settings = result["settings"]
+    table = Table(title=f"privacy modes over {settings['transport']}, next to plaintext on the same int8 base")
+    table.add_column("mode")
+    for heading in ("training", "with ahead", "generation", "error", f"loss after {settings['steps']}", "same text"):
+        table.add_column(heading, justify="right")
+    for heading in ("kB up a token", "kB down a token"):
+        table.add_column(heading, justify="right")
+    table.add_column("ε", justify="right")
+    for mode, found in result["modes"].items():
+        table.add_row(
+            Text(mode, style="bold red" if mode == "plaintext" else ""),
+            f"{found['train_ratio']:.2f}x",
+            f"{found['train_ratio_total']:.2f}x",
+            f"{found['decode_ratio']:.2f}x",
+            f"{found['error']:.1e}",
+            f"{found['loss']:.4f}",
+            "yes" if found["text_is_plaintexts"] else "no",
+            f"{found['bytes_up_per_token'] / 1e3:,.0f}",
+            f"{found['bytes_down_per_token'] / 1e3:,.0f}",
+            f"{found['report']['epsilon']:,.3g}" if "epsilon" in found["report"] else "-",
+        )
+    return table

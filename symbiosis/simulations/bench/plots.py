@@ -134,4 +134,32 @@ def _draw_call(figure: Any, result: Mapping[str, Any]) -> None:
     axis.legend(fontsize=8)
 
 
-_DRAW: dict[str, Draw] = {"tenants": _draw_tenants, "scale": _draw_scale, "call": _draw_call}
+def _draw_privacy(figure: Any, result: Mapping[str, Any]) -> None:
+    modes = result["modes"]
+    left, middle, right = figure.subplots(1, 3)
+    names, places = list(modes), range(len(modes))
+    for offset, (key, label) in enumerate((("train_ratio", "training"), ("decode_ratio", "generation"))):
+        heights = [modes[name][key] for name in names]
+        left.bar([place + 0.4 * offset - 0.2 for place in places], heights, width=0.38, label=label)
+    left.set_ylabel("time over plaintext's")
+    left.axhline(1, color="0.6", linewidth=0.8)
+    left.legend(fontsize=8)
+    middle.bar(places, [max(modes[name]["error"], 1e-9) for name in names], color="0.5")
+    middle.set_yscale("log")
+    middle.set_ylabel("largest relative error of a product")
+    for offset, (key, label) in enumerate((("bytes_up_per_token", "up"), ("bytes_down_per_token", "down"))):
+        heights = [modes[name][key] / 1e3 for name in names]
+        right.bar([place + 0.4 * offset - 0.2 for place in places], heights, width=0.38, label=label)
+    right.set_ylabel("kB per trained token")
+    right.legend(fontsize=8)
+    for axis in (left, middle, right):
+        axis.set_xticks(list(places), names, rotation=30, ha="right", fontsize=8)
+    figure.suptitle("privacy modes next to plaintext, same int8 base", fontsize=11)
+
+
+_DRAW: dict[str, Draw] = {
+    "tenants": _draw_tenants,
+    "scale": _draw_scale,
+    "call": _draw_call,
+    "privacy": _draw_privacy,
+}

@@ -113,6 +113,12 @@ def _caller(_: threading.Event, __: Say) -> Any:
     return Caller()
 
 
+def _mode(_: threading.Event, __: Say) -> Any:
+    from symbiosis.simulations.bench.privacy_side import PrivacySide  # noqa: PLC0415
+
+    return PrivacySide()
+
+
 _COMMANDS: dict[str, tuple[Role, str]] = {
     "load": (_job, "load"),
     "threads": (_job, "threads"),
@@ -124,6 +130,12 @@ _COMMANDS: dict[str, tuple[Role, str]] = {
     "host-statistics": (_host, "statistics"),
     "open-ways": (_caller, "open"),
     "call": (_caller, "call"),
+    "open-mode": (_mode, "open"),
+    "mode-products": (_mode, "products"),
+    "mode-error": (_mode, "error"),
+    "mode-train": (_mode, "train"),
+    "mode-decode": (_mode, "decode"),
+    "mode-report": (_mode, "report"),
     "write-model": (_writer, "write"),
 }
 """Who answers a command, and with which method."""

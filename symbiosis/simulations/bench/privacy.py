@@ -142,7 +142,9 @@ def _bytes(rounds: list[Message]) -> dict[str, float]:
 
 
 def _per_token(rounds: list[Message], field: str) -> float:
-    return round(sum(one[field] for one in rounds) / sum(one["tokens"] for one in rounds), 1)
+    bytes_passed: float = sum(one[field] for one in rounds)
+    tokens: int = sum(one["tokens"] for one in rounds)
+    return round(bytes_passed / tokens, 1)
 
 
 def _learned(mine: Message, plain: Message) -> dict[str, float]:

@@ -98,8 +98,7 @@ class PrivacySide:
 
     def report(self, _: Message) -> Message:
         """What the mechanism says of itself."""
-        report = getattr(self._mechanism, "report", dict)()
-        return {"promise": self._mechanism.promise, "report": report}
+        return {"promise": self._mechanism.promise, "report": self._mechanism.report()}
 
     def _step(self, ids_BT: torch.Tensor) -> float:
         loss = self._model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracles import frozen_llama
 
@@ -19,7 +19,7 @@ from symbiosis.protocols.limits import MAX_MESSAGE_BYTES
 from symbiosis.protocols.manifest import Orientation, Storage
 from symbiosis.protocols.messages import Answer, Call, Direction, Draw, Segment
 from symbiosis.protocols.status import Refusal, error_of
-from symbiosis.server import field
+from symbiosis.server import field, limbs
 from symbiosis.server.base import host_model
 from symbiosis.server.executor import Executor
 from symbiosis.server.host import Host
@@ -60,7 +60,17 @@ def exact(rows: torch.Tensor, weights: Sequence[Weight], direction: Direction) -
     return ((integers(rows) @ (map_OI.T if direction is Direction.FORWARD else map_OI)) % P).tolist()
 
 
-@settings(deadline=None, max_examples=150)
+@pytest.fixture(params=["limbs", "floats"], autouse=True)
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both ways to take a product: by bytes where this processor has them, and in float64."""
+    if request.param == "limbs" and not limbs.suits():
+        pytest.skip("this processor has no exact products of bytes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(limbs, "suits", lambda: request.param == "limbs")
+        yield request.param
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.integers(1, 9),
     in_width=st.integers(1, 70),
@@ -106,7 +116,7 @@ def test_products_are_exact(
 
 @pytest.mark.parametrize("direction", Direction, ids=lambda direction: direction.value)
 @pytest.mark.parametrize("numbers", ["the largest", "the smallest", "extremes", "any"])
-@pytest.mark.parametrize("terms", [16_384, 32_768, 32_769, 70_000])
+@pytest.mark.parametrize("terms", [16_384, 32_768, 32_769, 131_071, 140_000])
 def test_sums_of_many_terms_are_exact(terms: int, numbers: str, direction: Direction) -> None:
     # The sum is along the inputs forward, along the outputs backward.
     shape = (3, terms) if direction is Direction.FORWARD else (terms, 3)
@@ -135,7 +145,7 @@ def test_a_sum_over_layers_is_reduced_between_them() -> None:
     assert multiply(sent, weights, Direction.BACKWARD).tolist() == exact(sent, weights, Direction.BACKWARD)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     orientation=st.sampled_from(Orientation),
     direction=st.sampled_from(Direction),
@@ -178,6 +188,18 @@ def test_calls_of_several_tenants_are_one_batch() -> None:
     assert (executor.batches, executor.calls) == (1, 3)
     for position, call in enumerate(calls):
         assert answers[position].tolist() == exact(call.rows, weights, Direction.FORWARD)
+
+
+@given(
+    values=st.lists(st.one_of(st.sampled_from([0x7F7F7F7F, 0x7F7F7F80, 0, P - 1, P // 2]), st.integers(0, P - 1))),
+)
+def test_limbs_are_the_digits_of_an_element(values: list[int]) -> None:
+    rows = torch.from_numpy(np.array([values], dtype=np.uint32))
+    digits = limbs.split(rows)
+    assert digits.dtype is torch.int8
+    sums = sum(digit.to(torch.int64) * 256**place for place, digit in enumerate(digits))
+    assert isinstance(sums, torch.Tensor)
+    assert [int(number) % P for number in sums[0]] == values
 
 
 # --- what is refused

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from symbiosis.protocols.field import P
 from transformers import PreTrainedModel
 
 from symbiosis.clients.connection import open_session
@@ -21,6 +20,7 @@ from symbiosis.privacy import Pad, RecordedFrame
 from symbiosis.privacy.ledger import Ledger
 from symbiosis.privacy.mechanism import Group, Link, Mechanism
 from symbiosis.privacy.pad_source import DrawnPad
+from symbiosis.protocols.field import P
 from symbiosis.protocols.inprocess import InProcessTransport
 from symbiosis.protocols.manifest import Storage
 from symbiosis.protocols.messages import Direction, Segment

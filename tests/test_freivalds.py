@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from symbiosis.protocols.field import P
 
 from symbiosis.privacy.freivalds import (
     REPETITIONS,
@@ -17,6 +16,7 @@ from symbiosis.privacy.freivalds import (
     halved,
 )
 from symbiosis.protocols import field
+from symbiosis.protocols.field import P
 from symbiosis.protocols.messages import Segment
 
 

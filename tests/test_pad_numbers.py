@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from symbiosis.protocols.field import P
 
 from symbiosis.errors import ConfigurationError
 from symbiosis.privacy.pad_numbers import check_width, scaling_of, to_integers, to_numbers
 from symbiosis.protocols import field
+from symbiosis.protocols.field import P
 from symbiosis.protocols.manifest import Orientation
 from symbiosis.protocols.messages import Direction
 from symbiosis.server.norms import facts_of

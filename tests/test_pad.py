@@ -140,6 +140,7 @@ def test_training_is_that_of_the_same_int8_base(transport: str, open_base: OpenB
     assert plain[-1] < 0.9 * plain[0]  # there was something to learn
     assert max(abs(a / b - 1) for a, b in zip(padded, plain, strict=True)) < 0.01
     assert mechanism.statistics.hits > mechanism.statistics.misses  # fetched ahead
+    assert mechanism.report()["checks"] == "consistency"
 
 
 def test_a_float_base_is_held_as_int8_and_keeps_its_loss(open_base: OpenBase) -> None:

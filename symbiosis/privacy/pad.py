@@ -84,6 +84,11 @@ class Pad:
             raise ConfigurationError("this mechanism serves no session", "Connect first")
         return self._opened.conceal(rows_TI, group)
 
+    def report(self) -> dict[str, Any]:
+        """How well pads were fetched ahead, and what checks prove: that each answer is a product with one matrix."""
+        counted = asdict(self._opened.statistics) if self._opened is not None else {}
+        return {"checks": "consistency" if self.config.verify else "none"} | counted
+
     def close(self) -> None:
         """See `Mechanism.close`. Secret, pads and checks are let go of."""
         opened, self._opened = self._opened, None

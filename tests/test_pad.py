@@ -32,6 +32,7 @@ from test_experts import frozen_mixtral
 from test_transports import Changed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from symbiosis.clients.session import Session
 from symbiosis.errors import ConfigurationError, IntegrityError, NonFiniteError, OverloadedError
 from symbiosis.privacy import Pad, PadConfig, read_transcript
 from symbiosis.privacy.ledger import verify
@@ -361,6 +362,13 @@ def lying(host: Host, kind: type, *, after: int) -> Any:
     return Changed(host, change)
 
 
+def multiply_often(
+    times: int, session: Session, layers: tuple[int, ...], direction: Direction, rows: torch.Tensor
+) -> None:
+    for _ in range(times):
+        session.multiply(layers, direction, rows)
+
+
 @pytest.mark.parametrize("who", ["host", "helper"])
 @pytest.mark.parametrize("direction", Direction)
 @pytest.mark.parametrize("after", [0, 1, 5])
@@ -375,8 +383,7 @@ def test_a_lie_is_found(
     layers = positions(session, QKV)
     rows = torch.randn(3, host.base.manifest.widths(layers, direction)[0])
     with pytest.raises(IntegrityError) as caught:
-        for _ in range(after + 3):
-            session.multiply(layers, direction, rows)
+        multiply_often(after + 3, session, layers, direction, rows)
     assert all(name in caught.value.message for name in QKV)
     if after:  # where the check itself was made from a lie, nobody knows whose
         assert f"the {who} answered" in caught.value.message

@@ -64,7 +64,6 @@ class Pad:
     def __init__(self, config: PadConfig | None = None) -> None:
         self.config = config or PadConfig()
         self._opened: _Opened | None = None
-        self._ended: PadStatistics | None = None
 
     def begin(self, link: Link) -> None:
         """See `Mechanism.begin`."""
@@ -94,12 +93,6 @@ class Pad:
         opened, self._opened = self._opened, None
         if opened is not None:
             opened.close()
-            self._ended = opened.statistics
-
-    def report(self) -> dict[str, Any]:
-        """See `Mechanism.report`: whether answers are checked, and how pads were fetched."""
-        statistics = self._opened.statistics if self._opened is not None else self._ended
-        return {"verified": self.config.verify, "pads": asdict(statistics) if statistics is not None else None}
 
     @property
     def ahead(self) -> PadStore:

@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 OUT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo results test models peft bench bench-scale bench-call tenant-install check format protos base clean
+.PHONY: help setup demo results test models peft bench bench-scale bench-call bench-privacy tenant-install check format protos base clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -52,6 +52,9 @@ bench-scale: setup ## Memory and speed from 1 to 32 tenants
 
 bench-call: setup ## What one call costs, by rows and transport
 	$(BIN)/symbiosis bench call --out benchmarks/results
+
+bench-privacy: setup ## What each privacy mode costs and changes
+	$(BIN)/symbiosis bench privacy --out benchmarks/results
 
 tenant-install: setup ## Install the package alone, as a tenant does, and use it against a host
 	$(BIN)/python -m pytest -m slow tests/test_tenant_install.py

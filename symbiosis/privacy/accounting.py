@@ -145,6 +145,6 @@ def _opacus() -> Any:
     except ImportError as error:
         raise MissingExtraError(
             f"the privacy mode 'gaussian' needs Opacus, which cannot be imported: {error}",
-            "Install the extra: pip install 'symbiosis-peft[privacy]'",
+            "Install the extra: pip install 'symbiosis-peft[dp]'",
         ) from error
     return accountants

@@ -142,8 +142,8 @@ class Broken(Pad):
     def begin(self, link: Link) -> None:
         super().begin(link)
         opened: Any = self._opened
-        take = opened._store.take
-        opened._store.take = lambda group, rows: self._change(group, take(group, rows))
+        take = opened.store.take
+        opened.store.take = lambda group, rows: self._change(group, take(group, rows))
 
 
 def no_pad(pad: DrawnPad) -> DrawnPad:

@@ -401,7 +401,8 @@ def test_the_best_setting_is_taken() -> None:
 def test_settings_for_many_cores_are_tried() -> None:
     assert separate_candidates(1) == [1]
     assert separate_candidates(8) == [1, 2, 8]
-    assert host_candidates(4) == [HostOptions(workers=1, threads=None), HostOptions(workers=4, threads=1)]
+    whole, parts = HostOptions(workers=1, threads=None, packed=True), HostOptions(workers=4, threads=1, packed=True)
+    assert host_candidates(4) == [whole, parts]
 
 
 # --- settings

@@ -118,12 +118,19 @@ def lay_out(
 ) -> None:
     """Lay the weights of one block that take rows of one width side by side, so that siblings are one product.
 
+    A weight that is alone gets a place of its own: one that stayed where it came from would keep a whole file mapped.
+
     Args:
         names: full names, in the model's order.
         weights: as they came; replaced in place, block by block, so that no more than one block is held twice.
         moved: told the position and the new place of every weight, so that others who hold the old one let it go.
     """
     for run in _runs(names, weights):
+        if len(run) == 1:
+            (position,) = run
+            weights[position] = replace(weights[position], stored=weights[position].stored.clone())
+            moved(position, weights[position])
+            continue
         scales = [weight.scale for weight in (weights[position] for position in run) if weight.scale is not None]
         neighbours = Neighbours(
             stored=torch.cat([weights[position].stored for position in run]),
@@ -160,8 +167,7 @@ def _runs(names: Sequence[str], weights: Sequence[Weight]) -> list[list[int]]:
             return (position,)
         return block_of(names[position]), weight.stored.shape[1], weight.stored.dtype, weight.dtype, weight.device
 
-    runs = [list(run) for _, run in itertools.groupby(range(len(weights)), key=kind)]
-    return [run for run in runs if len(run) > 1]
+    return [list(run) for _, run in itertools.groupby(range(len(weights)), key=kind)]
 
 
 def relative_error(weight: torch.Tensor, rounded: Weight) -> float:

@@ -132,6 +132,19 @@ def test_a_call_is_timed_by_rows_and_transport(bench: Bench, tmp_path: Path) -> 
     assert (tmp_path / "out" / "call.png").is_file()
 
 
+def test_modes_are_compared_with_plaintext(bench: Bench, tmp_path: Path) -> None:
+    done = bench("privacy", "--preset", "tiny", "--modes", "pad", "--out", "out", "--json")
+    assert done.code == 0, done.err
+    plain, pad = done.json["modes"]["plaintext"], done.json["modes"]["pad"]
+    assert plain["error"] == plain["loss_difference"] == 0
+    assert plain["train_ratio"] == plain["decode_ratio"] == 1
+    assert 0 < pad["error"] < 1e-3
+    assert pad["loss"] == pytest.approx(plain["loss"], rel=0.01)
+    assert pad["train_ratio_total"] >= pad["train_ratio"] > 0
+    assert min(pad["bytes_up_per_token"], pad["bytes_down_per_token"]) > 0
+    assert (tmp_path / "out" / "privacy.png").is_file()
+
+
 @pytest.mark.slow
 def test_every_section_runs(bench: Bench) -> None:
     done = bench("tenants", "--preset", "tiny", "--tenants", "2", "--rounds", "1", "--json")

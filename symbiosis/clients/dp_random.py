@@ -1,4 +1,4 @@
-"""Randomness that nobody can repeat: from the operating system, without a seed, never kept.
+"""Randomness that nobody can repeat: from the operating system or under keys from it, without a seed, never kept.
 
 Whoever knows the noise can subtract it, and PyTorch's generators can be guessed: they follow from the seed, which
 settings files state and checkpoints hold. So neither noise nor the choice of examples is drawn from them.
@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from symbiosis.privacy.randomness import normal
+
 _SUMMED = 4
 """Gaussians that make one: the sum hides which floating-point numbers one alone can reach (arXiv 2107.10138, n = 2)."""
 
@@ -25,12 +27,8 @@ def secret_uniform(count: int) -> torch.Tensor:
 
 
 def secret_normal(shape: torch.Size) -> torch.Tensor:
-    """Standard normal numbers by Box and Muller: float64 of `shape`, on the CPU."""
-    count = shape.numel()
-    uniform = secret_uniform(2 * _SUMMED * count).view(2, _SUMMED, count)
-    radius = torch.log1p(-uniform[0]).mul_(-2).sqrt_()  # 1 - u is never 0
-    gaussian = radius * torch.cos(2 * math.pi * uniform[1])
-    return (gaussian.sum(0) / math.sqrt(_SUMMED)).view(shape)
+    """Standard normal numbers: float64 of `shape`, on the CPU."""
+    return (normal(_SUMMED, shape.numel()).sum(0) / math.sqrt(_SUMMED)).view(shape)
 
 
 class PoissonBatches(Sampler[list[int]]):

@@ -1,11 +1,12 @@
-"""Which settings of the trainer keep the promise of differential privacy, and the package that it needs."""
+"""Which settings of the trainer keep the promise of differential privacy."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from symbiosis.errors import MissingExtraError, UnsupportedError
+from symbiosis.errors import UnsupportedError
+from symbiosis.privacy.accounting import require_opacus
 
 _ALONE = "an example's gradient would depend on the others in its batch"
 _UNCLIPPED = "gradients would be used before they are clipped and noised"
@@ -44,7 +45,7 @@ def check_arguments(arguments: Any, given: Mapping[str, Any]) -> None:
         MissingExtraError: Opacus is not installed.
         UnsupportedError: a setting that would void the promise, or the count of what is spent.
     """
-    require_opacus()
+    require_opacus("differential privacy")
     for name, (allowed, why) in REFUSED.items():
         value = getattr(arguments, name, allowed[0])
         plain = getattr(value, "value", value)  # transformers' own enumerations
@@ -61,19 +62,3 @@ def check_arguments(arguments: Any, given: Mapping[str, Any]) -> None:
             "training.max_grad_norm clips the batch's gradient, [dp] clips each example's", "Write dp.max_grad_norm"
         )
     arguments.max_grad_norm = 0.0
-
-
-def require_opacus() -> Any:
-    """The package `opacus`.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
-    try:
-        import opacus  # noqa: PLC0415 - an extra, and slow
-    except ImportError as error:
-        raise MissingExtraError(
-            f"differential privacy needs Opacus, which cannot be imported: {error}",
-            "Install the extra: pip install 'symbiosis-peft[dp]'",
-        ) from error
-    return opacus

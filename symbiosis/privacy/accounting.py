@@ -35,6 +35,7 @@ from symbiosis.errors import ConfigurationError, MissingExtraError
 
 _ORDERS = [1 + 10 ** (exponent / 20) for exponent in range(-120, 201)]
 """Of Rényi divergence, from 1 + 10**-6 to 10**10. Without sampling any real order is as cheap as Opacus' own few."""
+_PURPOSE = "the privacy mode 'gaussian'"
 _NO_NOISE = 1e-9
 """A smaller deviation, in sensitivities, is as good as none."""
 
@@ -65,7 +66,7 @@ class Accountant:
     """
 
     def __init__(self, *, unit: Unit, relation: Relation) -> None:
-        _opacus()
+        require_opacus(_PURPOSE)
         self._unit, self._relation = unit, relation
         self._counts: Counter[float] = Counter()
 
@@ -113,7 +114,7 @@ def epsilon_of(releases: Mapping[float, int], delta: float) -> float:
     """
     if any(ratio <= _NO_NOISE for ratio in releases):
         return math.inf
-    accountant = _opacus().RDPAccountant()
+    accountant = require_opacus(_PURPOSE).accountants.RDPAccountant()
     accountant.history = [(ratio, 1.0, count) for ratio, count in releases.items()]
     return max(0.0, float(accountant.get_epsilon(delta, alphas=_ORDERS)))
 
@@ -139,12 +140,20 @@ def noise_multiplier_for(*, epsilon: float, delta: float, releases: int, relatio
     return high
 
 
-def _opacus() -> Any:
+def require_opacus(purpose: str) -> Any:
+    """The package `opacus`.
+
+    Args:
+        purpose: what needs it, for the message.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
     try:
-        from opacus import accountants  # noqa: PLC0415 - an extra
+        import opacus  # noqa: PLC0415 - an extra, and slow
     except ImportError as error:
         raise MissingExtraError(
-            f"the privacy mode 'gaussian' needs Opacus, which cannot be imported: {error}",
+            f"{purpose} needs Opacus, which cannot be imported: {error}",
             "Install the extra: pip install 'symbiosis-peft[dp]'",
         ) from error
-    return accountants
+    return opacus

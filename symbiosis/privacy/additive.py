@@ -94,6 +94,7 @@ class Additive:
     """
 
     name = "additive"
+    needs_integers = False
 
     def __init__(self, config: AdditiveConfig | None = None) -> None:
         self.config = config or AdditiveConfig()

@@ -13,7 +13,7 @@ import torch
 
 from symbiosis.errors import ConfigurationError, PrivacyError
 from symbiosis.privacy.accounting import Accountant, Relation, Unit, noise_multiplier_for
-from symbiosis.privacy.mechanism import Concealed, Group, Link
+from symbiosis.privacy.mechanism import Concealed, Group, Link, as_it_is
 from symbiosis.privacy.randomness import normal
 from symbiosis.protocols.messages import Direction
 
@@ -85,7 +85,7 @@ class Gaussian:
     """
 
     name = "gaussian"
-    needs_helper = False
+    needs_helper = needs_integers = False
 
     def __init__(self, config: GaussianConfig | None = None) -> None:
         self.config = config or GaussianConfig()
@@ -117,7 +117,7 @@ class Gaussian:
         if self.noise_multiplier:
             noise_TI = normal(*rows_TI.shape).mul_(self.noise_multiplier * threshold)
             clipped_TI = clipped_TI + noise_TI.to(rows_TI.device)
-        return Concealed(rows=clipped_TI.to(rows_TI.dtype), reveal=_as_it_is)
+        return Concealed(rows=clipped_TI.to(rows_TI.dtype), reveal=as_it_is)
 
     def threshold(self, direction: Direction) -> float:
         """The norm that rows of a direction are clipped to."""
@@ -166,7 +166,3 @@ def clip_rows(rows_TI: torch.Tensor, threshold: float) -> torch.Tensor:
     norms_T1 = largest_T1 * (wide_TI / largest_T1).norm(dim=1, keepdim=True)
     clipped_TI: torch.Tensor = wide_TI * (threshold / norms_T1).clamp(max=1.0)
     return clipped_TI
-
-
-def _as_it_is(answer_TO: torch.Tensor) -> torch.Tensor:
-    return answer_TO

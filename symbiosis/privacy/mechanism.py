@@ -84,6 +84,8 @@ class Mechanism(Protocol):
     """What it promises, in a sentence that reports print."""
     needs_helper: bool
     """Whether it cannot work without a second host."""
+    needs_integers: bool
+    """Whether it works with int8 weights alone."""
 
     def begin(self, link: Link) -> None:
         """A session was opened.
@@ -121,14 +123,14 @@ class Plaintext:
 
     name = "plaintext"
     promise = "none: the host reads every row, and can infer text, labels and adapter from them"
-    needs_helper = False
+    needs_helper = needs_integers = False
 
     def begin(self, link: Link) -> None:
         """Nothing to prepare."""
 
     def conceal(self, rows_TI: torch.Tensor, group: Group) -> Concealed:
         """The rows as they are."""
-        return Concealed(rows=rows_TI, reveal=_as_it_is)
+        return Concealed(rows=rows_TI, reveal=as_it_is)
 
     def report(self) -> dict[str, Any]:
         """Nothing to count."""
@@ -138,5 +140,6 @@ class Plaintext:
         """Nothing to end."""
 
 
-def _as_it_is(answer_TO: torch.Tensor) -> torch.Tensor:
+def as_it_is(answer_TO: torch.Tensor) -> torch.Tensor:
+    """The way back where nothing was added: the answer itself."""
     return answer_TO

@@ -63,7 +63,7 @@ class Mixing:
     """
 
     name = "mixing"
-    needs_helper = False
+    needs_helper = needs_integers = False
     promise = (
         "weak: the host sees combinations, whose span tells which rows are possible while they and the shields are "
         "fewer than the width; one row alone is only scaled"

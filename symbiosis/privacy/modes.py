@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from symbiosis.errors import UnsupportedError
-from symbiosis.privacy.mechanism import Mechanism
+
+if TYPE_CHECKING:
+    from symbiosis.privacy.mechanism import Mechanism
 
 MODES: dict[str, tuple[str, str]] = {
     "plaintext": ("symbiosis.privacy.mechanism", "Plaintext"),

@@ -59,7 +59,7 @@ class Pad:
         "the host sees uniform field elements, whatever the rows are: shapes and times tell, nothing else does, "
         "unless host and helper collude (computational: ChaCha20)"
     )
-    needs_helper = True
+    needs_helper = needs_integers = True
 
     def __init__(self, config: PadConfig | None = None) -> None:
         self.config = config or PadConfig()
@@ -79,9 +79,7 @@ class Pad:
             IntegrityError: the helper's answer is wrong, or one was before.
             SymbiosisError: as host and helper say, of whom checks and pads are asked.
         """
-        if self._opened is None:
-            raise ConfigurationError("this mechanism serves no session", "Connect first")
-        return self._opened.conceal(rows_TI, group)
+        return self._serving().conceal(rows_TI, group)
 
     def report(self) -> dict[str, Any]:
         """How well pads were fetched ahead, and what checks prove: that each answer is a product with one matrix."""
@@ -97,16 +95,17 @@ class Pad:
     @property
     def ahead(self) -> PadStore:
         """The pads that wait; of the session that is open."""
-        if self._opened is None:
-            raise ConfigurationError("this mechanism serves no session", "Ask while the session is open")
-        return self._opened.store
+        return self._serving().store
 
     @property
     def statistics(self) -> PadStatistics:
         """How well pads were fetched ahead; of the session that is open."""
+        return self._serving().statistics
+
+    def _serving(self) -> _Opened:
         if self._opened is None:
-            raise ConfigurationError("this mechanism serves no session", "Ask while the session is open")
-        return self._opened.statistics
+            raise ConfigurationError("this mechanism serves no session", "Connect first")
+        return self._opened
 
 
 class _Opened:

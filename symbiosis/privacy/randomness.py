@@ -11,13 +11,12 @@ from __future__ import annotations
 import math
 import secrets
 
+import numpy as np
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher
-from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
+
+from symbiosis.protocols.field import KEY_BYTES, keystream
 
 _BITS = 53
-_NONCE = bytes(16)
-"""A key is used once, so a constant will do."""
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -35,8 +34,7 @@ def normal(*shape: int) -> torch.Tensor:
 
 def _uniform(count: int) -> torch.Tensor:
     """Numbers in (0, 1], float64."""
-    stream = Cipher(ChaCha20(secrets.token_bytes(32), _NONCE), mode=None).encryptor()
-    words = torch.frombuffer(bytearray(stream.update(bytes(8 * count))) or bytearray(8), dtype=torch.int64)[:count]
+    words = torch.from_numpy(keystream(secrets.token_bytes(KEY_BYTES))(2 * count).view(np.int64))
     wholes = (words >> (64 - _BITS)) & (2**_BITS - 1)  # the shift keeps the sign; the mask drops it
     uniform: torch.Tensor = wholes.double().add_(0.5).mul_(2.0**-_BITS)
     return uniform

@@ -6,14 +6,13 @@ library's `ssl` tells which it was, so that a user is not sent to wait for a hos
 
 from __future__ import annotations
 
-import socket
 import ssl
 
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from symbiosis.errors import CertificateError
 from symbiosis.protocols.identity import Credentials, expiry_of, issued_by, parse_certificate, serves_as, utc_now
-from symbiosis.protocols.tls import tenant_context
+from symbiosis.protocols.tls import tenant_handshake
 
 _REASONS = (
     # (text in the alert or verification message, what was wrong, what to do)
@@ -45,17 +44,12 @@ def handshake_error(address: str, credentials: Credentials, *, timeout_s: float 
         credentials: what the tenant shows.
         timeout_s: for the connection and for each read (seconds).
     """
-    host, _, port = address.rpartition(":")
-    host = host.strip("[]")
     try:
-        with socket.create_connection((host, int(port)), timeout=timeout_s) as connection:
-            context = tenant_context(credentials)
-            context.set_alpn_protocols(["h2"])
-            with context.wrap_socket(connection, server_hostname=host) as tls:
-                # In TLS 1.3 the server judges the client's certificate after the client believes to be connected.
-                # A welcome begins with HTTP/2 settings; a refusal with an alert or, from gRPC's servers, just ends.
-                if not tls.recv(1):
-                    return _unwelcome(address, credentials)
+        with tenant_handshake(address, credentials, timeout_s=timeout_s) as tls:
+            # In TLS 1.3 the server judges the client's certificate after the client believes to be connected.
+            # A welcome begins with HTTP/2 settings; a refusal with an alert or, from gRPC's servers, just ends.
+            if not tls.recv(1):
+                return _unwelcome(address, credentials)
     except ssl.SSLError as error:
         return refused_handshake(address, credentials, error)
     except (OSError, ValueError):

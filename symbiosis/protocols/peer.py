@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import socket
 import ssl
 
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -11,7 +10,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from symbiosis.errors import HostUnavailableError
 from symbiosis.protocols.diagnose import refused_handshake
 from symbiosis.protocols.identity import Credentials, parse_certificate
-from symbiosis.protocols.tls import tenant_context
+from symbiosis.protocols.tls import tenant_handshake
 
 
 def public_key_digest(certificate_pem: bytes) -> str:
@@ -36,15 +35,8 @@ def peer_at(address: str, credentials: Credentials, *, timeout_s: float = 5.0) -
         HostUnavailableError: nobody answers.
         CertificateError: the certificate is not accepted.
     """
-    host, _, port = address.rpartition(":")
-    host = host.strip("[]")
-    context = tenant_context(credentials)
-    context.set_alpn_protocols(["h2"])
     try:
-        with (
-            socket.create_connection((host, int(port)), timeout=timeout_s) as connection,
-            context.wrap_socket(connection, server_hostname=host) as tls,
-        ):
+        with tenant_handshake(address, credentials, timeout_s=timeout_s) as tls:
             shown = tls.getpeercert(binary_form=True)
     except ssl.SSLError as error:
         raise refused_handshake(address, credentials, error) from error

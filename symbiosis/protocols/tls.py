@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from symbiosis.protocols.identity import Credentials
@@ -17,6 +20,29 @@ def tenant_context(credentials: Credentials) -> ssl.SSLContext:
     """
     context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cadata=credentials.ca_pem.decode())
     return _showing(context, credentials)
+
+
+@contextmanager
+def tenant_handshake(address: str, credentials: Credentials, *, timeout_s: float) -> Iterator[ssl.SSLSocket]:
+    """A connection of our own to a gRPC host, after the TLS handshake; closed on leaving.
+
+    Args:
+        address: `host:port`.
+        credentials: what the tenant shows.
+        timeout_s: for the connection and for each read (seconds).
+
+    Raises:
+        ssl.SSLError: one side does not accept the other.
+        OSError: nobody answers.
+        ValueError: the port is no number.
+    """
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    with socket.create_connection((host, int(port)), timeout=timeout_s) as connection:
+        context = tenant_context(credentials)
+        context.set_alpn_protocols(["h2"])
+        with context.wrap_socket(connection, server_hostname=host) as tls:
+            yield tls
 
 
 def host_context(credentials: Credentials) -> ssl.SSLContext:

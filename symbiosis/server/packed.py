@@ -48,10 +48,10 @@ class PackedWeights:
         Returns:
             Nothing where there is no room, or where a product of such rows and weights is not oneDNN's.
         """
-        if not self._packed and self._left <= 0:
+        key = (layers, direction)
+        if key not in self._packed and not (self._left and all(map(_can_be_packed, weights))):
             return None
         with self._lock:  # whoever finds a group being packed waits: rounding must not depend on who was first
-            key = (layers, direction)
             if key not in self._packed and not self._pack(key, weights):
                 return None
             packed = self._packed[key]
@@ -59,7 +59,7 @@ class PackedWeights:
 
     def _pack(self, key: _Key, weights: Sequence[Weight]) -> bool:
         merged = fused(weights)
-        if len(merged) != 1 or merged[0].byte_count > self._left or not _can_be_packed(merged[0]):
+        if len(merged) != 1 or merged[0].byte_count > self._left:
             return False
         matrix_IO = merged[0].in_out()
         self._packed[key] = onednn.pack(matrix_IO.T if key[1] is Direction.FORWARD else matrix_IO)

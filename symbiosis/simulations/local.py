@@ -18,7 +18,6 @@ from symbiosis.errors import ConfigurationError, UnsupportedError
 from symbiosis.privacy.ledger import Ledger
 from symbiosis.privacy.mechanism import Mechanism
 from symbiosis.privacy.modes import resolve_mechanism
-from symbiosis.privacy.pad import Pad
 from symbiosis.protocols.authority import Authority
 from symbiosis.protocols.identity_directory import create_request, install_certificate
 from symbiosis.protocols.inprocess import InProcessTransport
@@ -84,7 +83,7 @@ def local_base(
         message = f"there is no transport {transport!r} in this version"
         raise UnsupportedError(message, "Use 'inprocess', 'shm' or 'grpc'")
     mechanism, choice, usable = resolve_mechanism(privacy), experts_of(experts), usable_devices(devices)
-    storage = Storage.INT8 if isinstance(mechanism, Pad) else Storage(weights)
+    storage = Storage.INT8 if mechanism.needs_integers else Storage(weights)
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="symbiosis-local-")))
         hosted = _hosted(model_or_path, dtype, publish=Publish(publish), storage=storage, devices=usable)

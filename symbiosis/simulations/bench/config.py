@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from symbiosis.errors import ConfigurationError
+from symbiosis.privacy.modes import MODES
 
 DEFAULT_MODELS = Path("~/.cache/symbiosis/bench")
 """Where the models are written, once; random numbers that can be made again."""
@@ -216,15 +217,11 @@ class CallConfig:
         )
 
 
-PRIVACY_MODES = ("plaintext", "gaussian", "additive", "mixing", "pad")
-"""Modes that `bench privacy` knows a setting for, from the weakest promise to the strongest."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrivacyConfig:
     """`bench privacy`: what each mode costs, and what it changes, against plaintext on the same int8 base."""
 
-    modes: tuple[str, ...] = PRIVACY_MODES
+    modes: tuple[str, ...] = tuple(MODES)
     """`plaintext` is measured in any case."""
     rounds: int = 5
     shape: ModelShape = field(
@@ -242,10 +239,10 @@ class PrivacyConfig:
     models: Path = DEFAULT_MODELS
 
     def __post_init__(self) -> None:
-        unknown = set(self.modes) - set(PRIVACY_MODES)
+        unknown = set(self.modes) - set(MODES)
         if unknown:
-            message = f"there is no setting for the mode {sorted(unknown)[0]!r}"
-            raise ConfigurationError(message, f"Choose from {', '.join(PRIVACY_MODES)}")
+            message = f"there is no privacy mode {sorted(unknown)[0]!r}"
+            raise ConfigurationError(message, f"Choose from {', '.join(MODES)}")
         if self.rounds < 1 or self.steps < 1:
             raise ConfigurationError("a benchmark needs a round and a step", "Raise --rounds or --steps")
         if self.transport not in {"inprocess", "shm", "grpc"}:

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from symbiosis.clients import is_remote
+from symbiosis.privacy.modes import resolve_mechanism
 from symbiosis.simulations import local_base
 from symbiosis.simulations.bench.config import Work
 from symbiosis.simulations.bench.job import TARGETS
-from symbiosis.simulations.bench.privacy_modes import mechanism_of
 from symbiosis.simulations.builtin import BUILTIN, resolve_base
 from symbiosis.simulations.corpora import HELD_OUT_PACKAGES, read_corpus
 
@@ -41,7 +41,7 @@ class PrivacySide:
         """Host the base of `directory` as int8 under `mode`, and put an adapter on it."""
         torch.set_num_threads(message["threads"])
         self._open.close()
-        self._mechanism = mechanism_of(message["mode"])
+        self._mechanism = resolve_mechanism(message["mode"])
         directory, self._work = resolve_base(message["directory"]), Work(**message["work"])
         self._base = self._open.enter_context(
             local_base(directory, weights="int8", transport=message["transport"], privacy=self._mechanism)
@@ -112,7 +112,6 @@ class PrivacySide:
         """Time what is inside; before it a mechanism that fetches ahead has finished, and inside it does not begin."""
         ahead = getattr(self._mechanism, "ahead", None)
         if ahead is not None:
-            ahead.resume()
             ahead.settle()
             ahead.pause()
         clock = _Clock()
@@ -124,7 +123,6 @@ class PrivacySide:
     def _done(self, before: Any, tokens: int, online_s: float, started: float) -> Message:
         ahead = getattr(self._mechanism, "ahead", None)
         if ahead is not None:  # what the next step needs is this one's price, too
-            ahead.resume()
             ahead.settle()
         after = self._base.traffic
         return {

@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 OUT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo results test models peft bench bench-scale bench-call bench-privacy tenant-install check format protos base clean
+.PHONY: help setup demo results test models peft bench bench-scale bench-call bench-privacy reliability tenant-install check security format protos base clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -56,6 +56,12 @@ bench-call: setup ## What one call costs, by rows and transport
 bench-privacy: setup ## What each privacy mode costs and changes
 	$(BIN)/symbiosis bench privacy --out benchmarks/results
 
+# The short form is a test (tests/test_reliability.py). atheris is used where it installs.
+reliability: setup ## Faults, kills, load, fuzzing and a soak of 30 minutes (an hour), and renew docs/reliability.md
+	-$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,fuzz]'
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m reliability
+	$(BIN)/python scripts/reliability_card.py
+
 tenant-install: setup ## Install the package alone, as a tenant does, and use it against a host
 	$(BIN)/python -m pytest -m slow tests/test_tenant_install.py
 
@@ -63,6 +69,17 @@ check: setup ## Format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# pip-audit asks PyPI's advisory service; what it cannot judge it names, and that is no failure.
+security: $(VENV)/.security ## Bandit, known vulnerabilities of everything installed, and a bill of materials (build/sbom.json)
+	$(BIN)/bandit -q -ll -c pyproject.toml -r symbiosis
+	$(BIN)/pip-audit --progress-spinner off --timeout 5 --disable-pip --no-deps -r constraints.txt
+	mkdir -p build
+	$(BIN)/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible -o build/sbom.json
+
+$(VENV)/.security: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[security]'
+	touch $@
 
 format: setup ## Format and fix
 	$(BIN)/ruff format .

@@ -3,8 +3,8 @@
     python benchmarks/products.py --out benchmarks/results/products.json
 
 For shapes of a transformer's block, by rows and dtype, GFLOP/s of PyTorch's own product (`mm`: MKL for float32, oneDNN
-for bfloat16), of oneDNN on the weight as it is, and on a packed weight; forward (`x Wᵀ`) and backward (`g W`). All
-ways are measured in turn, several times; medians.
+for bfloat16), of oneDNN on the weight as it is, of a packed weight, and of our own loops for few rows; forward (`x Wᵀ`)
+and backward (`g W`). Ways that this processor has not are left out. All are measured in turn, several times; medians.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from symbiosis.server import onednn
+from symbiosis.server import onednn, skinny
 from symbiosis.simulations.bench.environment import describe
 
 SHAPES = {"q, k and v": (1536, 1024), "gate and up": (8192, 1024), "down": (1024, 4096)}
@@ -63,15 +63,19 @@ def measure(dtype: torch.dtype, outputs: int, inputs: int, rows: int) -> dict[st
     """GFLOP/s of every way, interleaved."""
     weight_OI = torch.randn(outputs, inputs).to(dtype)
     x_TI, g_TO = torch.randn(rows, inputs).to(dtype), torch.randn(rows, outputs).to(dtype)
-    forward, backward = onednn.pack(weight_OI), onednn.pack(weight_OI.T)
-    ways: dict[str, Callable[[], torch.Tensor]] = {
+    ways: dict[str, Callable[[], object]] = {
         "mm": lambda: torch.mm(x_TI, weight_OI.T),
         "onednn": lambda: onednn.multiply(x_TI, weight_OI),
-        "packed": lambda: onednn.multiply(x_TI, forward),
         "mm_backward": lambda: torch.mm(g_TO, weight_OI),
         "onednn_backward": lambda: onednn.multiply(g_TO, weight_OI.T),
-        "packed_backward": lambda: onednn.multiply(g_TO, backward),
     }
+    if dtype is torch.float32 or onednn.multiplies_bfloat16():
+        forward, backward = onednn.pack(weight_OI), onednn.pack(weight_OI.T)
+        ways["packed"] = lambda: onednn.multiply(x_TI, forward)
+        ways["packed_backward"] = lambda: onednn.multiply(g_TO, backward)
+    if skinny.suits(rows, weight_OI):
+        wide_TI, answer_TO = x_TI.float(), torch.empty(rows, outputs)
+        ways["own"] = lambda: skinny.multiply(wide_TI, weight_OI, answer_TO, threads=1)
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
         for name, way in ways.items():
@@ -80,7 +84,7 @@ def measure(dtype: torch.dtype, outputs: int, inputs: int, rows: int) -> dict[st
     return {name: round(work / statistics.median(found), 1) for name, found in times.items()}
 
 
-def seconds_of(way: Callable[[], torch.Tensor]) -> float:
+def seconds_of(way: Callable[[], object]) -> float:
     """Time of one call (seconds): the mean over a slice of time."""
     way()
     started, calls = time.perf_counter(), 0

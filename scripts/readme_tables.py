@@ -139,15 +139,85 @@ def _ratio_row(result: Mapping[str, Any], key: str, title: str, section: str, go
     return f"| {title} | {result[key]:.2f} | {spread} | {goal} | {figures[0]} | {figures[1]} |"
 
 
+def matrix_table(result: Mapping[str, Any]) -> str:
+    """The audit's matrix: for each mode and target the attack that came furthest from chance."""
+    settings, environment = result["settings"], result["environment"]
+    lines = [
+        f"{settings['tokens']:,} tokens of training per mode on each base ({_bases(settings)}), "
+        f"{environment['cores']} cores, {result['seconds'] / 60:.0f} minutes; 95 % intervals; chance in brackets.",
+        "",
+        "| mode | tokens | labels | adapter: relative error | membership |",
+        "|---|---|---|---|---|",
+    ]
+    for mode in settings["modes"]:
+        of_mode = [row for row in result["results"] if row["mode"] == mode]
+        lines.append(f"| `{mode}` | " + " | ".join(_worst(of_mode, target) for target in MATRIX_TARGETS) + " |")
+    return "\n".join([*lines, *_released(result["results"])])
+
+
+def _bases(settings: Mapping[str, Any]) -> str:
+    return ", ".join(
+        {"builtin": "the built-in one", "wide": "random of width 512"}.get(name, name) for name in settings["bases"]
+    )
+
+
+def _released(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the adapter itself tells of the texts that it learnt, whatever the mode was."""
+    found = {row["metric"]: row for row in rows if _is_about_release(row) and row["status"] == "measured"}
+    said = [
+        f"{metric} {row['value']:.3g} (chance {row['chance']:.2g})"
+        for metric, row in found.items()
+        if not metric.startswith("true positive")
+    ]
+    return ["", f"The released adapter, which no mode changes: {'; '.join(said)}."] if said else []
+
+
+def _is_about_release(row: Mapping[str, Any]) -> bool:
+    """Whether an attack on membership looked at no traffic."""
+    return row["target"] == "membership" and not row["channel"]["direction"]
+
+
+def _is_recovery(row: Mapping[str, Any]) -> bool:
+    """Whether a figure is a share, of which the attacker wants much: no distance."""
+    return bool(row["rate"]) and row["better"] == "higher"
+
+
+def _worst(rows: Sequence[Mapping[str, Any]], target: str) -> str:
+    found = [
+        row
+        for row in rows
+        if row["target"] == target
+        and not _is_about_release(row)
+        and row["status"] == "measured"
+        and row["chance"] is not None
+        and (
+            _is_recovery(row) if target != "adapter" else row["better"] == "lower" and "rows seen" not in row["metric"]
+        )
+    ]
+    if not found:
+        reasons = {row["status"] for row in rows if row["target"] == target}
+        return "blocked" if "blocked" in reasons else "not applicable"
+    if target == "adapter":
+        row = min(found, key=lambda each: each["value"] / each["chance"])
+        return f"{row['value']:.2g}, {row['attack'].partition('.')[2]} ({row['chance']:g})"
+    row = max(found, key=lambda each: (each["value"] - each["chance"]) / (1 - each["chance"]))
+    interval = f"{row['low']:.1%} to {row['high']:.1%}"
+    return f"{row['value']:.1%}, {interval}, {row['attack'].partition('.')[2]} ({row['chance']:.2g})"
+
+
+MATRIX_TARGETS = ("tokens", "labels", "adapter", "membership")
+
+
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "simulate": simulation_table,
     "models": models_table,
     "peft": peft_table,
     "tenants": tenants_table,
+    "audit_matrix": matrix_table,
 }
 """What stands between the README's marks, by the name of its result file."""
 
-FOLDERS = {"tenants": "benchmarks/results"}
+FOLDERS = {"tenants": "benchmarks/results", "audit_matrix": "benchmarks/results"}
 """Where a result file is, if not in `docs/results`."""
 
 

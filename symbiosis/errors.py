@@ -23,11 +23,13 @@
     ├── PrivacyError               rows cannot be hidden as promised any more; none left
     ├── LedgerError                the ledger cannot be written, or does not verify
     ├── TranscriptError            a recording cannot be written or read
+    ├── ReportError                an audit's report cannot be written or read, or its signature does not hold
     ├── HostUnavailableError       the host did not answer; the same call may be sent again
     ├── OverloadedError            the host has as much of this tenant's work as it takes; later it takes more
     ├── HostFailureError           the host answered with a failure of its own
     ├── IntegrityError             host or helper answered wrongly, as a check of the answer found
     ├── RemoteWeightError          an operation that a weight living elsewhere cannot take part in
+    ├── TaskError                  a Flower task that its worker could not finish
     ├── SimulationError            a simulated run that did not complete
     └── BenchmarkError             a measurement that did not complete, or whose sides did not do the same work
 
@@ -192,6 +194,12 @@ class TranscriptError(SymbiosisError):
     code = "transcript"
 
 
+class ReportError(SymbiosisError):
+    """An audit's report cannot be written or read, or its signature or a digest in it does not hold."""
+
+    code = "report"
+
+
 class HostUnavailableError(SymbiosisError):
     """The host did not answer. A call is a pure function: sending it again is safe."""
 
@@ -230,6 +238,12 @@ class RemoteWeightError(SymbiosisError):
     """An operation that needs the numbers of a weight that lives at the host."""
 
     code = "remote-weight"
+
+
+class TaskError(SymbiosisError):
+    """A Flower task that its worker could not finish."""
+
+    code = "task"
 
 
 class SimulationError(SymbiosisError):

@@ -36,11 +36,16 @@ LLAMA_TARGETS = ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj")
 
 
 def frozen_llama(
-    *, width: int = 32, layers: int = 2, dtype: torch.dtype = torch.float32, **extra: Any
+    *,
+    width: int = 32,
+    layers: int = 2,
+    vocabulary: int = VOCABULARY,
+    dtype: torch.dtype = torch.float32,
+    **extra: Any,
 ) -> PreTrainedModel:
     """A random Llama with grouped-query attention."""
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=3 * width // 2,
         num_hidden_layers=layers,

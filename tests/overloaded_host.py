@@ -33,7 +33,9 @@ def peak_bytes() -> int:
 
 def main(state: Path, tenant_bytes: int) -> None:
     torch.set_num_threads(1)
-    admission = AdmissionConfig(max_tenant_bytes=tenant_bytes, max_tenant_rows=1 << 30, max_tenant_sessions=64)
+    admission = AdmissionConfig(
+        max_tenant_bytes=tenant_bytes, max_tenant_rows=1 << 30, max_tenant_sessions=64, max_wait_s=0.0
+    )
     credentials = Authority.load(state).issue_host(["127.0.0.1"])
     with (
         Host(host_model(frozen_llama(), name="overloaded"), admission=admission) as host,

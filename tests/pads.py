@@ -1,9 +1,7 @@
-"""What the tests of one-time pads share: sessions beside a helper, exact products, and what a host could find out."""
+"""What the tests of one-time pads share: sessions beside a helper, exact products, builds broken on purpose."""
 
 from __future__ import annotations
 
-import itertools
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,11 +14,10 @@ from symbiosis.clients.connection import open_session
 from symbiosis.clients.gate import EgressGate
 from symbiosis.clients.helper import HelperSession
 from symbiosis.clients.session import Session
-from symbiosis.privacy import Pad, RecordedFrame
+from symbiosis.privacy import Pad
 from symbiosis.privacy.ledger import Ledger
 from symbiosis.privacy.mechanism import Group, Link, Mechanism
 from symbiosis.privacy.pad_source import DrawnPad
-from symbiosis.protocols.field import P
 from symbiosis.protocols.inprocess import InProcessTransport
 from symbiosis.protocols.manifest import Storage
 from symbiosis.protocols.messages import Direction, Segment
@@ -32,8 +29,8 @@ from symbiosis.server.host import Host
 OpenPadded = Callable[..., Session]
 
 
-def int8_base(model: PreTrainedModel, name: str = "padded") -> HostedBase:
-    return host_model(model, name=name, storage=Storage.INT8)
+def int8_base(model: PreTrainedModel, name: str = "padded", **options: Any) -> HostedBase:
+    return host_model(model, name=name, **({"storage": Storage.INT8} | options))
 
 
 def open_padded(
@@ -44,20 +41,21 @@ def open_padded(
     *,
     mechanism: Mechanism | None = None,
     record: Path | None = None,
+    **options: Any,
 ) -> Session:
     """A session in this process, closed with `stack`."""
     ledger = stack.enter_context(Ledger.open(folder / f"ledger-{len(list(folder.glob('ledger-*')))}", tenant="acme"))
     second = HelperSession(InProcessTransport(helper, tenant="acme"), EgressGate(ledger, destination="helper"))
     transcript = TranscriptWriter(record) if record is not None else None
     gate = EgressGate(ledger, destination="host", transcript=transcript)
-    session = open_session(InProcessTransport(host, tenant="acme"), gate, mechanism or Pad(), helper=second)
+    session = open_session(InProcessTransport(host, tenant="acme"), gate, mechanism or Pad(), helper=second, **options)
     stack.callback(session.close)
     stack.callback(second.close)
     return session
 
 
-def two_hosts(stack: ExitStack, model: PreTrainedModel) -> tuple[Host, Host]:
-    base = int8_base(model)
+def two_hosts(stack: ExitStack, model: PreTrainedModel, **options: Any) -> tuple[Host, Host]:
+    base = int8_base(model, **options)
     return stack.enter_context(Host(base)), stack.enter_context(Host(base))
 
 
@@ -66,7 +64,7 @@ def exact_map(
 ) -> torch.Tensor:
     """What rows of a group are multiplied by, from the right, in float64 without a rounding."""
     weights = [weight if matrix is None else weight.matrix(matrix) for weight in base.group(layers)]
-    scaled = [weight.in_out().double() * weight.scale.double() for weight in weights if weight.scale is not None]
+    scaled = [weight.unscaled().T.double() * weight.scale.double() for weight in weights if weight.scale is not None]
     whole_IO = torch.cat(scaled, dim=1)
     return whole_IO if direction is Direction.FORWARD else whole_IO.T
 
@@ -83,46 +81,6 @@ def exact_product(
         return rows.double() @ exact_map(base, layers, direction)
     pieces = zip(rows.double().split([part.rows for part in parts]), parts, strict=True)
     return torch.cat([piece @ exact_map(base, layers, direction, part.matrix) for piece, part in pieces])
-
-
-# --- what a host could find out from what it sees
-
-
-def findings(frames: Iterable[RecordedFrame]) -> list[str]:
-    """What in a recording does not look like fresh, uniform field elements: empty for one-time pads.
-
-    For each layer group and direction the upper four bits of all elements (chi-square), and over all rows of one width
-    whether the difference of any two is small: what two messages under one pad have. An honest recording has a finding
-    once in a million.
-    """
-    groups: dict[tuple[object, ...], list[torch.Tensor]] = defaultdict(list)
-    for frame in frames:
-        if frame.rows.dtype is not torch.int64:  # what field elements are read as
-            return [f"rows of {frame.rows.dtype} left for {frame.layers}"]
-        groups[frame.layers, frame.direction].append(frame.rows)
-    found = [f"{group} is not uniform" for group, rows in groups.items() if not _uniform(torch.cat(rows))]
-    by_width: dict[int, list[torch.Tensor]] = defaultdict(list)
-    for rows in itertools.chain(*groups.values()):
-        by_width[rows.shape[1]].append(rows)
-    return found + [f"width {width} has pairs under one pad" for width, all_ in by_width.items() if _pairs(all_)]
-
-
-def _uniform(elements: torch.Tensor) -> bool:
-    counts = torch.bincount((elements.flatten() >> 28), minlength=16).double()
-    expected = counts.sum() / 16
-    statistic = ((counts - expected).square() / expected).sum()
-    return float(torch.special.gammaincc(torch.tensor(7.5).double(), statistic / 2)) > 1e-7
-
-
-def _pairs(messages: list[torch.Tensor]) -> bool:
-    """Whether two rows differ by less than P / 8 in each of 32 elements; of uniform rows one pair in 2^64 does."""
-    rows = torch.cat(messages)[:, :32]
-    for start in range(1, rows.shape[0]):
-        difference = (rows[start:] - rows[:-start]) % P
-        small = torch.minimum(difference, P - difference) < P // 8
-        if bool(small.all(dim=1).any()):
-            return True
-    return False
 
 
 # --- builds that are broken on purpose

@@ -1,4 +1,4 @@
-"""Small TCP servers on loopback: a proxy that counts bytes, and a server that speaks no TLS.
+"""Small TCP servers on loopback: a proxy that counts bytes, a load balancer, and a server that speaks no TLS.
 
 Every thread ends when its socket does, so that `close` returns only when nothing is left running.
 """
@@ -9,6 +9,7 @@ import contextlib
 import socket
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -115,13 +116,16 @@ class CountingProxy(LoopbackServer):
     """
 
     def __init__(self, target: str) -> None:
-        host, _, port = target.rpartition(":")
-        self._target = (host, int(port))
+        self._target = target
         self.connections: list[Counts] = []
         super().__init__()
 
     def serve(self, connection: socket.socket) -> None:
-        with socket.create_connection(self._target) as host:
+        self._pass_on(connection, self._target)
+
+    def _pass_on(self, connection: socket.socket, target: str) -> None:
+        name, _, port = target.rpartition(":")
+        with socket.create_connection((name, int(port))) as host:
             self.track(host)
             for end in (connection, host):
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -137,6 +141,25 @@ class CountingProxy(LoopbackServer):
             self._listener.shutdown(socket.SHUT_RDWR)
         self.join()
         return self.connections
+
+
+class Balancer(CountingProxy):
+    """Passes each connection on to the first of its hosts that is ready, and closes it where none is.
+
+    Args:
+        hosts: how to ask each address, `host:port`, whether it is ready.
+    """
+
+    def __init__(self, hosts: Mapping[str, Callable[[], bool]]) -> None:
+        self.hosts = hosts
+        super().__init__("")
+
+    def serve(self, connection: socket.socket) -> None:
+        for address, ready in self.hosts.items():
+            if ready():
+                with contextlib.suppress(OSError):  # it has gone since
+                    self._pass_on(connection, address)
+                return
 
 
 class PlainServer(LoopbackServer):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pickle
 import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -19,7 +22,9 @@ from symbiosis.server.quota import MAX_WAIT_S, MIN_WAIT_S, Quota, drain_s
 from symbiosis.server.stalls import Stalls
 
 MEBIBYTE = 1 << 20
-SMALL = AdmissionConfig(max_tenant_bytes=100, max_total_bytes=250, max_tenant_rows=10, max_tenant_sessions=3)
+SMALL = AdmissionConfig(
+    max_tenant_bytes=100, max_total_bytes=250, max_tenant_rows=10, max_tenant_sessions=3, max_wait_s=0.0
+)
 TENANTS = ("acme", "globex", "initech")
 
 
@@ -177,6 +182,68 @@ def test_rows_bound_work_where_bytes_are_few() -> None:
     admission.reserve("acme", byte_count=1, rows=1).release()
 
 
+# --- waiting for room
+
+PATIENT = replace(SMALL, max_wait_s=60.0)
+
+
+class Queue:
+    """Threads that wait for room in the order in which they were sent."""
+
+    def __init__(self, admission: Admission, pool: ThreadPoolExecutor) -> None:
+        self._admission, self._pool = admission, pool
+        self.served: list[int] = []
+
+    def send(self, number: int, byte_count: int, tenant: str = "acme") -> Future[Ticket]:
+        waiting = self._admission.waiting
+        future = self._pool.submit(self._reserve, number, byte_count, tenant)
+        while not future.done() and self._admission.waiting == waiting:
+            threading.Event().wait(0.001)
+        return future
+
+    def _reserve(self, number: int, byte_count: int, tenant: str) -> Ticket:
+        ticket = self._admission.reserve(tenant, byte_count=byte_count, rows=1)
+        self.served.append(number)
+        return ticket
+
+
+def test_who_comes_first_is_served_first_and_others_are_not_kept_waiting() -> None:
+    admission = Admission(PATIENT)
+    with ThreadPoolExecutor(8) as pool:
+        queue, held = Queue(admission, pool), admission.reserve("acme", byte_count=90, rows=1)
+        large = queue.send(1, 80)
+        small = [queue.send(number, 10) for number in (2, 3)]  # each would fit, but for the large one before it
+        assert (queue.served, admission.waiting) == ([], 3)
+        with queue.send(4, 100, "globex").result(timeout=10):
+            assert queue.served == [4]
+        held.release()
+        tickets = [future.result(timeout=10) for future in (large, *small)]
+        assert queue.served == [4, 1, 2, 3]
+        for ticket in tickets:
+            ticket.release()
+    assert (admission.total_bytes, admission.waiting) == (0, 0)
+
+
+def test_what_the_whole_host_has_no_room_for_waits_for_another_tenant() -> None:
+    admission = Admission(PATIENT)
+    held = [admission.reserve(tenant, byte_count=100, rows=1) for tenant in TENANTS[:2]]
+    with ThreadPoolExecutor(1) as pool:
+        waits = Queue(admission, pool).send(1, 100, TENANTS[2])
+        assert not waits.done()
+        held[0].release()
+        waits.result(timeout=10).release()
+
+
+def test_who_waited_in_vain_leaves_no_trace() -> None:
+    admission = Admission(replace(SMALL, max_wait_s=0.02))
+    with admission.reserve("acme", byte_count=100, rows=1):
+        with pytest.raises(OverloadedError) as caught:
+            admission.reserve("acme", byte_count=1, rows=1)
+        assert caught.value.retry_after_s >= MIN_WAIT_S
+        assert (admission.tenant_bytes("acme"), admission.waiting) == (100, 0)
+    admission.reserve("acme", byte_count=100, rows=1).release()
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -185,9 +252,12 @@ def test_rows_bound_work_where_bytes_are_few() -> None:
         {"max_tenant_rows": 0},
         {"max_tenant_sessions": 0},
         {"max_total_bytes": 1 << 20},
+        {"max_wait_s": -0.1},
+        {"max_wait_s": float("nan")},
+        {"max_wait_s": float("inf")},
     ],
 )
-def test_limits_that_make_no_sense(changes: dict[str, int]) -> None:
+def test_limits_that_make_no_sense(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError) as caught:
         AdmissionConfig(**changes)
     assert next(iter(changes)) in str(caught.value)

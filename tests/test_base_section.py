@@ -8,9 +8,9 @@ import pytest
 import torch
 from oracles import frozen_llama
 
-from symbiosis.cli import _open_base
+from symbiosis.cli.base_source import open_base
 from symbiosis.clients.experts import Experts
-from symbiosis.clients.finetune_config import CHOICES, BaseSource
+from symbiosis.clients.finetune_config import CHOICES, BaseSource, FineTuneConfig
 from symbiosis.errors import ConfigurationError
 from symbiosis.protocols.manifest import Publish, Storage
 from symbiosis.protocols.messages import FLOAT_DTYPES, dtype_name
@@ -29,7 +29,7 @@ def test_a_base_is_hosted_as_the_section_says(tmp_path: Path) -> None:
     chosen = {"publish": "all", "weights": "int8", "dtype": "bfloat16", "experts": "alike"}
     for given in (chosen, {name: choices[0] for name, choices in CHOICES.items()}):
         source = BaseSource(path=str(tmp_path / "model"), **given)
-        with _open_base(source, ledger=tmp_path / f"{given['publish']}.jsonl") as base:
+        with open_base(source, ledger=tmp_path / f"{given['publish']}.jsonl") as base:
             assert base.manifest.publish.value == given["publish"]
             assert base.manifest.storage.value == given["weights"]
             dtype = "float32" if given["dtype"] == "auto" else given["dtype"]
@@ -42,6 +42,21 @@ def test_an_address_has_a_choice_of_experts_only() -> None:
     for name in ("publish", "weights", "dtype"):
         with pytest.raises(ConfigurationError, match=rf"base\.{name} goes with base\.path"):
             BaseSource(address="a:1", identity=Path("x"), **{name: CHOICES[name][-1]})
+
+
+def test_answers_are_verified_as_the_section_says(tmp_path: Path) -> None:
+    source = BaseSource(path="builtin", publish="all", verify=True)
+    with open_base(source, ledger=tmp_path / "ledger.jsonl") as base:
+        assert base.privacy["checks"] == "base"
+    section = {"address": "a:1", "identity": "x", "verify": True, "copy": "model"}
+    rest = {"data": {"train": []}, "output": {"directory": "out"}}
+    with pytest.raises(ConfigurationError, match=r"data\.train"):  # the section itself is fine
+        FineTuneConfig.from_mapping({"base": section} | rest, folder=tmp_path)
+    for wrong, named in ({"verify": "yes"}, "base.verify"), ({"copy": 3}, "base.copy"):
+        with pytest.raises(ConfigurationError, match=named):
+            FineTuneConfig.from_mapping({"base": section | wrong} | rest, folder=tmp_path)
+    with pytest.raises(ConfigurationError, match=r"base\.copy goes with base\.address"):
+        BaseSource(path="builtin", copy=tmp_path)
 
 
 def test_a_model_in_memory_has_its_dtype() -> None:

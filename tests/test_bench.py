@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -38,6 +39,7 @@ from symbiosis.simulations.bench.interleaving import Comparison, check_losses, c
 from symbiosis.simulations.bench.memory import Memory, memory_of, parse_rollup, require_memory
 from symbiosis.simulations.bench.models import directory_name, model_directory
 from symbiosis.simulations.bench.processes import Pool
+from symbiosis.simulations.bench.processor_time import processor_s
 from symbiosis.simulations.bench.scale import Point, fits
 from symbiosis.simulations.bench.sides import Ours, Round, Theirs
 from symbiosis.simulations.bench.speed import Calibration, host_candidates, separate_candidates
@@ -403,6 +405,15 @@ def test_rounds_alternate_and_ratios_are_by_pair() -> None:
     assert found.ratio == 1.0  # the ratio of the medians would be 1.5
     assert found.to_json()["ours"]["tokens_per_s"]["median"] == 30
     assert isinstance(found, Comparison)
+
+
+def test_processor_time_is_what_a_process_used() -> None:
+    before, used = processor_s([os.getpid()]), time.process_time()
+    while time.process_time() - used < 0.2:
+        pass
+    assert 0.15 < processor_s([os.getpid()]) - before < 2
+    with pytest.raises(BenchmarkError, match="cannot be read"):
+        processor_s([2**22 + 1])
 
 
 def test_the_best_setting_is_taken() -> None:

@@ -18,13 +18,19 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Enrol
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from symbiosis import __version__
 from symbiosis.clients import connect
+from symbiosis.clients.retry import RetryConfig
 from symbiosis.errors import HostUnavailableError
 from symbiosis.privacy.ledger import Ledger, verify
+from symbiosis.privacy.ledger_heads import heads_path, read_heads
+from symbiosis.privacy.merkle import verify_inclusion
+from symbiosis.privacy.signing import Signer
 from symbiosis.protocols.authority import Authority
+from symbiosis.protocols.identity_directory import load_credentials
 from symbiosis.simulations.builtin import BUILTIN_DIRECTORY
 
 COMMAND = str(Path(sys.executable).parent / "symbiosis")
@@ -106,9 +112,13 @@ def test_version(symbiosis: Run) -> None:
         "train",
         "generate",
         "join",
+        "doctor",
         "host",
         "host init",
         "host sign",
+        "host invite",
+        "host revoke",
+        "host tenants",
         "host serve",
         "audit",
         "audit verify",
@@ -137,6 +147,9 @@ def test_a_group_alone_shows_its_help(symbiosis: Run, command: str) -> None:
         "simulate email",
         "join",
         "join acme",
+        "host invite state",
+        "host revoke state",
+        "host tenants",
         "host init",
         "host serve",
         "host conquer",
@@ -173,6 +186,13 @@ def test_misuse(symbiosis: Run, arguments: str) -> None:
         ("host serve {state} --name no/name", "configuration", "no/name"),
         ("host serve {state} --metrics nowhere", "configuration", "'nowhere'"),
         ("host serve {state} --shm /dev/null", "configuration", "/dev"),
+        ("host serve {state} --enrol nowhere", "configuration", "'nowhere'"),
+        ("host serve {state} --certificate-hours 0", "configuration", "0 seconds"),
+        ("host serve {state} --drain-seconds -1", "configuration", "-1 seconds"),
+        ("host invite {state} acme", "configuration", "where tenants enrol"),
+        ("host invite {state} acme --address nowhere", "configuration", "'nowhere'"),
+        ("join --identity {full}/new", "configuration", "invitation"),
+        ("join symbiosis1_x --identity {full}/new --name acme", "configuration", "invitation"),
     ],
 )
 def test_settings_that_cannot_be_used(symbiosis: Run, tmp_path: Path, arguments: str, code: str, named: str) -> None:
@@ -261,13 +281,13 @@ def test_without_json_standard_output_is_empty(symbiosis: Run, tmp_path: Path) -
 def test_a_tenant_joins_and_is_signed(symbiosis: Run, tmp_path: Path) -> None:
     state, identity, handed = tmp_path / "state", tmp_path / "acme", tmp_path / "handed"
     symbiosis("host", "init", state)
-    joined = symbiosis("join", identity, "--name", "acme", "--json")
+    joined = symbiosis("join", "--identity", identity, "--name", "acme", "--json")
     assert joined.code == 0
     request = identity / "tenant.csr"
     assert joined.json == {"identity": str(identity), "request": str(request), "name": "acme"}
     assert {path.name for path in identity.iterdir()} == {"tenant.key", "tenant.csr"}
     key = (identity / "tenant.key").read_bytes()
-    assert symbiosis("join", identity, "--name", "acme").code == 0
+    assert symbiosis("join", "--identity", identity, "--name", "acme").code == 0
     assert (identity / "tenant.key").read_bytes() == key
     signed = symbiosis("host", "sign", state, request, "--out", handed, "--json")
     assert signed.code == 0
@@ -275,12 +295,12 @@ def test_a_tenant_joins_and_is_signed(symbiosis: Run, tmp_path: Path) -> None:
     assert (signed.json["tenant"], signed.json["out"]) == ("acme", str(handed))
     assert {path.name for path in handed.iterdir()} == {"tenant.pem", "ca.pem"}
     assert (handed / "ca.pem").read_bytes() == (state / "ca.pem").read_bytes()
-    assert {path.name for path in state.iterdir()} == {"ca.key", "ca.pem"}
+    assert {path.name for path in state.iterdir()} == {"ca.key", "ca.pem", "host.db"}
 
 
 @pytest.mark.parametrize("name", ["", "Acme", "a b", "-acme", "acme/../globex", "a" * 64, "ácme"])
 def test_a_bad_name(symbiosis: Run, tmp_path: Path, name: str) -> None:
-    done = symbiosis("join", tmp_path / "identity", f"--name={name}", "--json")
+    done = symbiosis("join", "--identity", tmp_path / "identity", f"--name={name}", "--json")
     assert done.code == 1
     assert done.error["code"] == "enrolment"
     assert repr(name) in done.error["message"]
@@ -289,8 +309,8 @@ def test_a_bad_name(symbiosis: Run, tmp_path: Path, name: str) -> None:
 
 
 def test_an_identity_keeps_its_name(symbiosis: Run, tmp_path: Path) -> None:
-    symbiosis("join", tmp_path / "identity", "--name", "acme")
-    done = symbiosis("join", tmp_path / "identity", "--name", "globex", "--json")
+    symbiosis("join", "--identity", tmp_path / "identity", "--name", "acme")
+    done = symbiosis("join", "--identity", tmp_path / "identity", "--name", "globex", "--json")
     assert done.code == 1
     assert "'acme'" in done.error["message"]
 
@@ -308,7 +328,7 @@ def test_signing_garbage(symbiosis: Run, tmp_path: Path, garbage: bytes | str) -
 
 def test_signing_into_a_file(symbiosis: Run, tmp_path: Path) -> None:
     symbiosis("host", "init", tmp_path / "state")
-    symbiosis("join", tmp_path / "acme", "--name", "acme")
+    symbiosis("join", "--identity", tmp_path / "acme", "--name", "acme")
     request = tmp_path / "acme" / "tenant.csr"
     done = symbiosis("host", "sign", tmp_path / "state", request, "--out", request, "--json")
     assert done.code == 1
@@ -316,6 +336,38 @@ def test_signing_into_a_file(symbiosis: Run, tmp_path: Path) -> None:
 
 
 # --- ledgers
+
+
+def test_what_others_counted(symbiosis: Run, ledger: Path) -> None:
+    fits = symbiosis("audit", "verify", ledger, "--wire-bytes", "1200", "--json")
+    assert fits.code == 0, fits.err
+    assert fits.json["wire"]["counted"] == 1200
+    more = symbiosis("audit", "verify", ledger, "--wire-bytes", "10000000")
+    assert more.code == 1
+    assert "were counted" in more.err
+
+
+def test_a_signed_ledger_and_proofs(symbiosis: Run, enrol: Enrol, authority: Authority, tmp_path: Path) -> None:
+    identity, path = enrol("acme"), tmp_path / "signed.jsonl"
+    with Ledger.open(path, tenant="acme", signer=Signer(load_credentials(identity))) as book:
+        for _ in range(6):
+            book.append(kind="call")
+    kept = tmp_path / "kept.json"
+    kept.write_bytes(heads_path(path).read_bytes())
+    checked = symbiosis("audit", "verify", path, "--authority", identity / "ca.pem", "--head", kept, "--json")
+    assert checked.code == 0, checked.err
+    assert checked.json["signed_entries"] == 7
+    proved = symbiosis("audit", "prove", path, "--entry", "3", "--json").json
+    leaf, nodes = bytes.fromhex(proved["leaf"]), [bytes.fromhex(node) for node in proved["proof"]]
+    assert verify_inclusion(leaf, 3, 7, nodes, bytes.fromhex(read_heads(path)[0].root))
+    grown = symbiosis("audit", "prove", path, "--since", "4", "--json").json
+    assert (grown["kind"], grown["since"], grown["size"]) == ("consistency", 4, 7)
+    assert symbiosis("audit", "prove", path).code == 2
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]))
+    dropped = symbiosis("audit", "verify", path)
+    assert dropped.code == 1
+    assert "dropped" in dropped.err
 
 
 @pytest.fixture
@@ -336,6 +388,7 @@ def test_a_good_ledger(symbiosis: Run, ledger: Path) -> None:
         "tenant": "acme",
         "entries": 5,
         "bytes": 1000,
+        "signed_entries": 0,
         "head": {"sequence": head.sequence, "hash": head.hash},
     }
     assert "intact" in symbiosis("audit", "verify", ledger).err
@@ -416,14 +469,14 @@ class Serving:
     def shm_address(self) -> str:
         return str(self.said["addresses"][-1])
 
-    def end(self, number: signal.Signals) -> None:
-        """Signal it; it ends soon, without a word on standard output, and gives its port back."""
+    def end(self, number: signal.Signals, *, sessions: int = 0) -> None:
+        """Signal it; it ends soon and in good order, without a word on standard output, and gives its port back."""
         self.process.send_signal(number)
         out, _ = self.process.communicate(timeout=END_TIMEOUT_S)
         assert (self.process.returncode, out) == (0, "")
         err = self.log.read_text(encoding="utf-8")
         assert "Traceback" not in err
-        assert err.rstrip().endswith("stopped")
+        assert err.rstrip().endswith(f"stopped: {sessions} sessions were ended between two messages, 0 were cut")
         if self.address != self.shm_address:
             host, _, port = self.address.rpartition(":")
             with socket.create_server((host, int(port))):
@@ -437,7 +490,7 @@ def enrolled(symbiosis: Run, tmp_path: Path) -> tuple[Path, Path]:
     state, identity = tmp_path / "state", tmp_path / "acme"
     for command in (
         ["host", "init", state],
-        ["join", identity, "--name", "acme"],
+        ["join", "--identity", identity, "--name", "acme"],
         ["host", "sign", state, identity / "tenant.csr", "--out", identity],
     ):
         assert symbiosis(*command).code == 0
@@ -478,7 +531,7 @@ def test_a_host_and_a_tenant_in_processes_of_their_own(
     serving: Serving, enrolled: tuple[Path, Path], environment: dict[str, str], symbiosis: Run, tmp_path: Path
 ) -> None:
     identity = enrolled[1]
-    assert serving.said.keys() == {"address", "addresses", "base", "layers", "metrics"}
+    assert serving.said.keys() == {"address", "addresses", "base", "enrolment", "layers", "metrics"}
     assert serving.said["layers"] == 28
     done = subprocess.run(
         [sys.executable, "-c", TENANT, serving.address, identity],
@@ -515,11 +568,11 @@ def test_a_host_ends_while_tenants_are_connected(serving: Serving, enrolled: tup
     assert len(serving.said["addresses"]) == 2
     with contextlib.ExitStack() as stack:
         bases = [
-            stack.enter_context(connect(address, identity=enrolled[1], cache=None))
+            stack.enter_context(connect(address, identity=enrolled[1], cache=None, retry=RetryConfig(reconnect_s=1)))
             for address in serving.said["addresses"]
         ]
         assert [base.load(AutoTokenizer).vocab_size for base in bases] == [4096, 4096]
-        serving.end(signal.SIGTERM)
+        serving.end(signal.SIGTERM, sessions=2)
         for base in bases:
             with pytest.raises(HostUnavailableError):
                 base.load(AutoModelForCausalLM)

@@ -201,6 +201,7 @@ replies = st.one_of(
         tenant=short_text,
         manifest_digest=short_text,
         max_message_bytes=counts,
+        unix_ms=counts,
     ),
     st.builds(
         lambda number, dtype, rows, width, seed: Answer(number=number, rows=random_rows(rows, width, dtype, seed)),

@@ -47,7 +47,7 @@ from symbiosis.protocols.tensors import tensor_bytes
 from symbiosis.protocols.transcript import ROWS_NAME, TranscriptWriter
 from symbiosis.server.base import HostedBase, host_model
 from symbiosis.server.host import Host
-from symbiosis.server.service import Service
+from symbiosis.server.service import Send, Service
 
 HALVES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PIECE = 4
@@ -63,10 +63,10 @@ class TappedService(Service):
         self.tapped = bytearray()
         super().__init__(*arguments)
 
-    def _exchange(self, chunks: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+    def _exchange(self, chunks: Iterator[bytes], context: grpc.ServicerContext, send: Send) -> None:
         for name, value in context.invocation_metadata():
             self.tapped += f"{name}={value}\n".encode()
-        return super()._exchange(self._tap(chunks), context)
+        super()._exchange(self._tap(chunks), context, send)
 
     def _tap(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
         for chunk in chunks:

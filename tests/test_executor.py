@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import random
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -423,6 +425,22 @@ def test_a_waiting_worker_holds_nothing_of_a_failure(base: HostedBase, caplog: p
         del call
         assert gone.wait(timeout=20)
     assert isinstance(failures[0], Exception)
+
+
+def openmp_threads() -> int:
+    """How many threads PyTorch's OpenMP takes for a product of this thread's; other libraries bring their own."""
+    names = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
+    (own,) = [name for name in names if "/torch/" in name]
+    return int(ctypes.CDLL(own).omp_get_max_threads())
+
+
+def test_a_workers_products_take_that_number_from_the_first_on(base: HostedBase) -> None:
+    # Small ones ask OpenMP alone.
+    told: Future[int] = Future()
+    call = Call(number=1, layers=(0,), direction=Direction.FORWARD, rows=torch.randn(1, WIDTH))
+    with Executor(ExecutorConfig(threads=torch.get_num_threads() + 1)) as executor:
+        executor.submit("a", call, base.group((0,)), lambda _: told.set_result(openmp_threads()))
+        assert told.result() == torch.get_num_threads()
 
 
 def test_a_number_of_threads_is_the_processs_until_the_end() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracles import frozen_llama
 
-from symbiosis.errors import FieldError, FrameError, UnsupportedError
+from symbiosis.errors import ConfigurationError, FieldError, FrameError, UnsupportedError
 from symbiosis.protocols.field import FIELD_DTYPE, P
 from symbiosis.protocols.limits import MAX_MESSAGE_BYTES
 from symbiosis.protocols.manifest import Orientation, Storage
@@ -36,13 +37,35 @@ NUMBERS: dict[str, Sequence[int]] = {
 }
 
 
-def weight_of(shape: tuple[int, ...], orientation: Orientation, seed: int, *, extreme: bool = False) -> Weight:
-    """Random int8 of shape `(..., O, I)`, with scales that must not matter."""
-    generator = np.random.default_rng(seed)
-    elements = generator.choice([-127, 127], shape) if extreme else generator.integers(-127, 128, shape)
-    stored = torch.from_numpy(elements.astype(np.int8))
-    stored = stored if orientation is Orientation.OUT_IN else stored.mT.contiguous()
-    return Weight(stored=stored, orientation=orientation, dtype=torch.float32, scale=torch.rand(shape[:-1]) + 0.1)
+INTEGERS = [Storage.INT8, Storage.INT15]
+
+
+def weight_of(
+    shape: tuple[int, ...],
+    orientation: Orientation,
+    seed: int,
+    *,
+    extreme: bool = False,
+    storage: Storage = Storage.INT8,
+) -> Weight:
+    """Random integers of shape `(..., O, I)`, with scales that must not matter."""
+    generator, largest = np.random.default_rng(seed), storage.largest_integer or 0
+    ends = [-largest, largest]
+    return held(
+        generator.choice(ends, shape) if extreme else generator.integers(-largest, largest + 1, shape),
+        orientation,
+        storage,
+    )
+
+
+def held(elements: Any, orientation: Orientation, storage: Storage) -> Weight:
+    """Integers `(..., O, I)` as a host holds them."""
+    low = (elements + 128) % 256 - 128
+    limbs_OI = [elements] if storage is Storage.INT8 else [(elements - low) // 256, low]
+    stored = [torch.from_numpy(limb_OI.astype(np.int8)) for limb_OI in limbs_OI]
+    stored = stored if orientation is Orientation.OUT_IN else [limb.mT.contiguous() for limb in stored]
+    scale = torch.rand(elements.shape[:-1]) + 0.1
+    return Weight(stored=stored[0], orientation=orientation, dtype=torch.float32, scale=scale, low=(*stored, None)[1])
 
 
 def rows_of(rows: int, width: int, numbers: Sequence[int], seed: int) -> torch.Tensor:
@@ -55,8 +78,14 @@ def integers(tensor: torch.Tensor) -> Any:
     return tensor.numpy().astype(object)
 
 
+def map_of(weight: Weight) -> Any:
+    """The integers `(O, I)` that a weight is held as, as Python's."""
+    high, *low = [integers(limb.mT) for limb in weight.limbs()]
+    return high * 256 + low[0] if low else high
+
+
 def exact(rows: torch.Tensor, weights: Sequence[Weight], direction: Direction) -> list[list[int]]:
-    map_OI = np.concatenate([integers(weight.in_out().mT) for weight in weights])
+    map_OI = np.concatenate([map_of(weight) for weight in weights])
     return ((integers(rows) @ (map_OI.T if direction is Direction.FORWARD else map_OI)) % P).tolist()
 
 
@@ -79,6 +108,8 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
     direction=st.sampled_from(Direction),
     numbers=st.sampled_from(sorted(NUMBERS)),
     beside=st.booleans(),
+    storage=st.sampled_from(INTEGERS),
+    extreme=st.booleans(),
     place=st.sampled_from(["none", "whole", "with gaps"]),
     seed=st.integers(0, 2**16),
 )
@@ -90,11 +121,13 @@ def test_products_are_exact(
     direction: Direction,
     numbers: str,
     beside: bool,
+    storage: Storage,
+    extreme: bool,
     place: str,
     seed: int,
 ) -> None:
     weights = [
-        weight_of((out_width, in_width), orientation, seed + position)
+        weight_of((out_width, in_width), orientation, seed + position, storage=storage, extreme=extreme)
         for position, (out_width, orientation) in enumerate(zip(out_widths, orientations, strict=False))
     ]
     if beside:
@@ -117,18 +150,22 @@ def test_products_are_exact(
 @pytest.mark.parametrize("direction", Direction, ids=lambda direction: direction.value)
 @pytest.mark.parametrize("numbers", ["the largest", "the smallest", "extremes", "any"])
 @pytest.mark.parametrize("terms", [16_384, 32_768, 32_769, 131_071, 140_000])
-def test_sums_of_many_terms_are_exact(terms: int, numbers: str, direction: Direction) -> None:
+@pytest.mark.parametrize("storage", INTEGERS, ids=lambda storage: storage.value)
+def test_sums_of_many_terms_are_exact(storage: Storage, terms: int, numbers: str, direction: Direction) -> None:
     # The sum is along the inputs forward, along the outputs backward.
     shape = (3, terms) if direction is Direction.FORWARD else (terms, 3)
-    weight = weight_of(shape, Orientation.OUT_IN, terms, extreme=True)
-    all_127 = Weight(
-        stored=torch.full_like(weight.stored, 127),
+    weight = weight_of(shape, Orientation.OUT_IN, terms, extreme=True, storage=storage)
+    # The largest sums of a limb: all of it 127, and, of two, all of both -128.
+    alike = [held(np.full(shape, number), Orientation.OUT_IN, storage) for number in (127, storage.largest_integer)]
+    both = Weight(
+        stored=torch.full_like(weight.stored, -128),
         orientation=weight.orientation,
         dtype=weight.dtype,
         scale=weight.scale,
+        low=torch.full_like(weight.low, -128) if weight.low is not None else None,
     )
     sent = rows_of(2, terms, NUMBERS[numbers], terms)
-    for one in (weight, all_127):
+    for one in (weight, *alike, both):
         assert multiply(sent, [one], direction).tolist() == exact(sent, [one], direction)
 
 
@@ -151,12 +188,18 @@ def test_a_sum_over_layers_is_reduced_between_them() -> None:
     direction=st.sampled_from(Direction),
     segments=st.lists(st.builds(Segment, matrix=st.integers(0, 3), rows=st.integers(1, 4)), min_size=1, max_size=6),
     placed=st.booleans(),
+    storage=st.sampled_from(INTEGERS),
     seed=st.integers(0, 2**16),
 )
 def test_stacks(
-    orientation: Orientation, direction: Direction, segments: list[Segment], placed: bool, seed: int
+    orientation: Orientation,
+    direction: Direction,
+    segments: list[Segment],
+    placed: bool,
+    storage: Storage,
+    seed: int,
 ) -> None:
-    stack = weight_of((4, 6, 10), orientation, seed)
+    stack = weight_of((4, 6, 10), orientation, seed, storage=storage)
     rows = sum(segment.rows for segment in segments)
     sent = rows_of(rows, 10 if direction is Direction.FORWARD else 6, [], seed)
     out = torch.from_numpy(np.zeros((rows, 6 if direction is Direction.FORWARD else 10), np.uint32)) if placed else None
@@ -203,6 +246,18 @@ def test_limbs_are_the_digits_of_an_element(values: list[int]) -> None:
 
 
 # --- what is refused
+
+
+def test_integers_out_of_bounds_are_not_hosted() -> None:
+    for storage in INTEGERS:
+        weight = weight_of((2, 3, 5), Orientation.OUT_IN, 1, extreme=True, storage=storage)
+        field.require_bounds("w", weight, storage)
+        for wrong in (replace(weight, stored=weight.stored - 1), replace(weight, stored=weight.stored.to(torch.int16))):
+            with pytest.raises(ConfigurationError, match="w is not held in integers"):
+                field.require_bounds("w", wrong, storage)
+    eight = weight_of((2, 5), Orientation.OUT_IN, 1)
+    with pytest.raises(ConfigurationError, match="at most 16383"):
+        field.require_bounds("w", eight, Storage.INT15)
 
 
 @pytest.mark.parametrize("direction", Direction, ids=lambda direction: direction.value)

@@ -24,12 +24,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricR
 from flwr.clientapp import ClientApp
 from flwr.common.serde import context_to_proto, message_from_proto, message_to_proto
 from flwr.serverapp import Grid
-from oracles import VOCABULARY, frozen_llama
+from oracles import VOCABULARY
 from peft import PeftModel
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from symbiosis.clients.flower_app import Tenant, make_client_app
 from symbiosis.clients.training import TenantData, TrainingConfig, add_adapter, train_round
@@ -130,17 +128,6 @@ def events_in(workdir: Path) -> list[dict[str, Any]]:
 
 def of_kind(events: list[dict[str, Any]], *kinds: str) -> list[dict[str, Any]]:
     return [event for event in events if event["event"] in kinds]
-
-
-@pytest.fixture(scope="module")
-def base_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama with a tokenizer, as a directory."""
-    path = tmp_path_factory.mktemp("base") / "tiny"
-    frozen_llama().save_pretrained(path)
-    words = {f"w{number}": number for number in range(VOCABULARY)}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))  # noqa: S106 - a word, not a secret
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(path)  # noqa: S106
-    return path
 
 
 def blocks_of(partition: int) -> TenantData:

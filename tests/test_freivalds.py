@@ -1,4 +1,4 @@
-"""Checks of answers: right ones always pass, wrong ones do not, in the field and in floating point."""
+"""Checks of answers in the field: right ones always pass, wrong ones do not."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 from symbiosis.privacy.freivalds import (
     REPETITIONS,
     _products,
-    check_float,
     draw_secrets,
-    draw_signs,
     field_check,
     halved,
 )
@@ -88,23 +86,3 @@ def test_secrets_are_fresh_field_elements() -> None:
     assert not torch.equal(first, second)
     assert not torch.equal(first[0], first[1])
     assert field.outside(first) is None
-
-
-def test_rounded_answers_pass_and_wrong_ones_do_not() -> None:
-    generator = torch.Generator().manual_seed(1)
-    w_OI = torch.randn(64, 48, generator=generator, dtype=torch.float64)
-    signs_OK = draw_signs(64)
-    images_IK = w_OI.T @ signs_OK
-    alarms = misses = 0
-    for _ in range(200):
-        x = torch.randn(16, 48, generator=generator, dtype=torch.float64)
-        y = (x @ w_OI.T).to(torch.bfloat16)
-        error = 2.0**-8  # bfloat16 keeps eight bits
-        alarms += int((~check_float(y, x, signs_OK, images_IK, relative_error=error)).sum())
-        wrong = y.double()
-        wrong[:, 3] += 0.3 * y.double().norm(dim=1)  # twice the threshold and more
-        misses += int(check_float(wrong, x, signs_OK, images_IK, relative_error=error).sum())
-        another = x @ torch.randn(48, 64, generator=generator, dtype=torch.float64)
-        misses += int(check_float(another, x, signs_OK, images_IK, relative_error=error).sum())
-    assert alarms == 0
-    assert misses == 0

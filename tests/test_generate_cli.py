@@ -80,7 +80,7 @@ def test_one_prompt_over_a_host(
     done = symbiosis("generate", *arguments, "--max-new-tokens", NEW_TOKENS, env=env, cwd=here)
     assert done.code == 0, done.err
     assert done.out == continued(full, tokenizer, PROMPT) + "\n"
-    (ledger,) = (host.identity / "ledgers").iterdir()
+    (ledger,) = (host.identity / "ledgers").glob("*.jsonl")
     assert verify(ledger).tenant == host.tenant
     assert list(here.iterdir()) == []
 

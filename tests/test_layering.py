@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "server": {"errors", "protocols"},
     "simulations": {"errors", "protocols", "privacy", "clients", "server"},
     "cli": {"errors", "protocols", "privacy", "clients", "server", "simulations"},
+    "__main__": {"cli"},
 }
 MODULE = re.compile(r"symbiosis(\.\w+)+")
 FORBIDDEN_CALLS = {"eval", "exec", "__import__"}

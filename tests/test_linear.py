@@ -23,21 +23,23 @@ from symbiosis.server.weight import Weight, fused, lay_out, quantised
 HALF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 """Half a unit in the last place, relative: what rounding once costs."""
 ROWS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-WEIGHTS = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
+WEIGHTS = [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.int16]
+"""Of what a host holds; int16 stands for integers of 15 bits."""
 
 
 def weight_of(shape: tuple[int, ...], dtype: torch.dtype, orientation: Orientation, seed: int) -> Weight:
     """A random weight of shape `(..., O, I)`, stored in `orientation`."""
     stored = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     stored = stored if orientation is Orientation.OUT_IN else stored.mT.contiguous()
-    if dtype is torch.int8:
-        return quantised(stored, orientation)
+    if not dtype.is_floating_point:
+        return quantised(stored, orientation, Storage.INT8 if dtype is torch.int8 else Storage.INT15)
     return Weight(stored=stored.to(dtype), orientation=orientation, dtype=dtype)
 
 
 def exact_map(weight: Weight) -> torch.Tensor:
     """`(..., O, I)` in float64, without the rounding of `dense`."""
-    exact = weight.in_out().mT.double()
+    high, *low = [limb.mT.double() for limb in weight.limbs()]
+    exact = high * 256 + low[0] if low else high
     return exact if weight.scale is None else exact * weight.scale.double().unsqueeze(-1)
 
 

@@ -7,6 +7,7 @@ import re
 import socket
 import sys
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,7 +77,7 @@ def model() -> PreTrainedModel:
 def served(model: PreTrainedModel, authority: Authority, enrol: Enrol, join: Join) -> Iterator[Served]:
     metrics, acme, globex = HostMetrics(), enrol("acme"), enrol("globex")
     hosted = host_model(model, name="watched")
-    limits = AdmissionConfig(max_tenant_bytes=1 << 20, max_tenant_sessions=1)
+    limits = AdmissionConfig(max_tenant_bytes=1 << 20, max_tenant_sessions=1, max_wait_s=0.0)
     with MetricsEndpoint(metrics, "127.0.0.1:0") as endpoint:
         with (
             Host(hosted, admission=limits, metrics=metrics) as host,
@@ -294,6 +295,27 @@ def test_an_address_that_cannot_be_used() -> None:
         MetricsEndpoint(HostMetrics(), "host.invalid:9464")
 
 
+def test_probes_say_one_word_and_other_pages_are_not_there() -> None:
+    why = ["loading"]
+
+    def ask(page: str) -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(f"http://{endpoint.address}{page}", timeout=10) as told:
+                return told.status, told.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+
+    with MetricsEndpoint(HostMetrics(), "127.0.0.1:0", unready=lambda: why[0]) as endpoint:
+        assert (ask("/healthz"), ask("/readyz?verbose")) == ((200, "ok\n"), (503, "loading\n"))
+        why[0] = ""
+        assert (ask("/healthz"), ask("/readyz")) == ((200, "ok\n"), (200, "serving\n"))
+        assert "symbiosis_draining 0.0" in ask("/metrics")[1]
+        assert [ask(page)[0] for page in ("/", "/metrics/", "/../etc/passwd")] == [404] * 3
+    with MetricsEndpoint(HostMetrics(), "127.0.0.1:0") as endpoint:
+        assert ask("/readyz")[0] == 200
+
+
 def test_an_endpoint_that_is_closed_is_gone() -> None:
     before = set(threading.enumerate())
     with MetricsEndpoint(HostMetrics(), "127.0.0.1:0") as endpoint:
@@ -333,7 +355,7 @@ def test_refusals_through_shared_memory_are_counted_too(
     model: PreTrainedModel, authority: Authority, enrol: Enrol, join: Join, tmp_path: Path
 ) -> None:
     metrics = HostMetrics()
-    limits = AdmissionConfig(max_tenant_bytes=1 << 20, max_tenant_sessions=1)
+    limits = AdmissionConfig(max_tenant_bytes=1 << 20, max_tenant_sessions=1, max_wait_s=0.0)
     with (
         Host(host_model(model, name="shared"), admission=limits, metrics=metrics) as host,
         ShmService(

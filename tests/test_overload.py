@@ -114,7 +114,7 @@ def model() -> PreTrainedModel:
 
 @pytest.fixture
 def host(model: PreTrainedModel) -> Iterator[Host]:
-    limits = AdmissionConfig(max_tenant_bytes=LIMIT, max_tenant_sessions=3)
+    limits = AdmissionConfig(max_tenant_bytes=LIMIT, max_tenant_sessions=3, max_wait_s=0.0)
     with Host(host_model(model, name="small"), admission=limits) as host:
         yield host
 
@@ -410,8 +410,9 @@ class Flooded:
     def __init__(self, state: Path, tenant_bytes: int) -> None:
         tests = Path(__file__).parent
         paths = os.pathsep.join([str(tests), str(tests.parent)])
-        # Without this, what is measured is the allocator's arenas, one for every thread.
-        env = os.environ | {"PYTHONPATH": paths, "MALLOC_ARENA_MAX": "2"}
+        # Without these, what is measured is the allocator: arenas, one for every thread, and the holes that large
+        # buffers leave in them once one of that size was freed (docs/operations.md).
+        env = os.environ | {"PYTHONPATH": paths, "MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": str(MEBIBYTE)}
         self._process = subprocess.Popen(
             [sys.executable, str(tests / "overloaded_host.py"), str(state), str(tenant_bytes)],
             stdin=subprocess.PIPE,

@@ -22,7 +22,6 @@ from pads import (
     Broken,
     ReuseOnce,
     exact_product,
-    findings,
     open_padded,
     two_hosts,
     without_backward,
@@ -32,12 +31,15 @@ from test_experts import frozen_mixtral
 from test_transports import Changed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from symbiosis.clients import is_remote
 from symbiosis.clients.session import Session
 from symbiosis.errors import ConfigurationError, IntegrityError, NonFiniteError, OverloadedError
 from symbiosis.privacy import Pad, PadConfig, read_transcript
+from symbiosis.privacy.audit.randomness_checks import irregularities
 from symbiosis.privacy.ledger import verify
 from symbiosis.privacy.modes import resolve_mechanism
 from symbiosis.protocols.codec import Reply, Request
+from symbiosis.protocols.manifest import Storage
 from symbiosis.protocols.messages import Answer, Call, Direction, Draw, Segment
 from symbiosis.server.host import Host
 
@@ -152,6 +154,44 @@ def test_a_float_base_is_held_as_int8_and_keeps_its_loss(open_base: OpenBase) ->
     assert max(abs(a / b - 1) for a, b in zip(padded, plain, strict=True)) < 0.02
 
 
+def test_fifteen_bits_are_nearer_to_the_float_base_than_eight(open_base: OpenBase) -> None:
+    def losses(**options: Any) -> list[float]:
+        return train(open_base(frozen_llama(), **options), steps=9)[0]
+
+    plain, eight, fifteen = losses(), *(losses(privacy="pad", weights=weights) for weights in ("int8", "int15"))
+    errors = [sum(abs(a - b) for a, b in zip(found, plain, strict=True)) for found in (eight, fifteen)]
+    assert errors[1] < errors[0]
+    assert fifteen[8] < fifteen[0]  # of the same batch: it learns
+
+
+@pytest.mark.parametrize("names", [QKV, DOWN], ids=["q, k and v", "down"])
+@pytest.mark.parametrize("direction", Direction)
+def test_products_with_fifteen_bits(
+    direction: Direction, names: tuple[str, ...], stack: ExitStack, tmp_path: Path
+) -> None:
+    model = frozen_llama()
+    errors = {}
+    for storage in (Storage.INT8, Storage.INT15):
+        host, helper = two_hosts(stack, model, storage=storage)
+        session = open_padded(stack, tmp_path, host, helper)
+        layers = positions(session, names)
+        sent = torch.randn(23, host.base.manifest.widths(layers, direction)[0])
+        answer = session.multiply(layers, direction, sent)
+        assert relative_error(answer, exact_product(host.base, layers, direction, sent)) < 2e-3
+        map_OI = torch.cat([model.get_parameter(name) for name in names]).double()
+        truth = sent.double() @ (map_OI.T if direction is Direction.FORWARD else map_OI)
+        errors[storage] = relative_error(answer, truth)
+    assert errors[Storage.INT15] < errors[Storage.INT8]
+
+
+def test_fifteen_bits_of_a_bfloat16_base(open_base: OpenBase) -> None:
+    base = open_base(frozen_llama(dtype=torch.bfloat16), privacy="pad", weights="int15")
+    assert {layer.dtype for layer in base.manifest.layers} == {"float32"}
+    losses, model = train(base, steps=9, dtype=torch.bfloat16)
+    assert losses[8] < losses[0]  # of the same batch
+    assert {weight.dtype for weight in model.parameters() if is_remote(weight)} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_generated_text_is_that_of_the_same_int8_base(transport: str, open_base: OpenBase) -> None:
     def text(base: Any) -> str:
@@ -239,7 +279,7 @@ def recorded(mechanism: Pad, folder: Path) -> list[Any]:
 def test_a_host_sees_fresh_uniform_elements(tmp_path: Path) -> None:
     frames = recorded(Pad(), tmp_path)
     assert len(frames) == MESSAGES + 4  # one more for each check
-    assert findings(frames) == []
+    assert irregularities(frames) == []
 
 
 @pytest.mark.parametrize("broken", ["one pad twice", "the first layer", "backward"])
@@ -249,7 +289,7 @@ def test_a_build_that_is_broken_on_purpose_is_found(broken: str, tmp_path: Path)
         "the first layer": without_first_layer,
         "backward": without_backward,
     }[broken]
-    assert findings(recorded(Broken(change), tmp_path))
+    assert irregularities(recorded(Broken(change), tmp_path))
 
 
 def test_training_shows_nothing_either(open_base: OpenBase, tmp_path: Path) -> None:
@@ -258,7 +298,7 @@ def test_training_shows_nothing_either(open_base: OpenBase, tmp_path: Path) -> N
     train(open_base(frozen_llama(), privacy="pad", record=record), steps=8)
     frames = list(read_transcript(record))
     assert {frame.direction for frame in frames} == {"forward", "backward"}
-    assert findings(frames) == []
+    assert irregularities(frames) == []
 
 
 class Crowded:

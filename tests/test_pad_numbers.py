@@ -10,28 +10,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from symbiosis.errors import ConfigurationError
-from symbiosis.privacy.pad_numbers import check_width, scaling_of, to_integers, to_numbers
+from symbiosis.privacy.pad_numbers import Scaling, check_room, scaling_of, to_integers, to_numbers
 from symbiosis.protocols import field
 from symbiosis.protocols.field import P
-from symbiosis.protocols.manifest import Orientation
+from symbiosis.protocols.manifest import Orientation, Storage
 from symbiosis.protocols.messages import Direction
 from symbiosis.server.norms import facts_of
 from symbiosis.server.weight import Weight, quantised
 
 
-def weights_of(seed: int, widths: list[int], width_in: int, spread: float) -> list[Weight]:
+def weights_of(
+    seed: int, widths: list[int], width_in: int, spread: float, storage: Storage = Storage.INT8
+) -> list[Weight]:
     generator = torch.Generator().manual_seed(seed)
     made = []
     for width in widths:
         rows = torch.randn(width, width_in, generator=generator)
         factors = 10 ** (torch.rand(width, 1, generator=generator) * spread - spread / 2)
-        made.append(quantised(rows * factors, Orientation.OUT_IN))
+        made.append(quantised(rows * factors, Orientation.OUT_IN, storage))
     return made
 
 
 def integers_of(weights: list[Weight]) -> torch.Tensor:
     """`(I, O)`, int64."""
-    return torch.cat([weight.in_out().to(torch.int64) for weight in weights], dim=1)
+    return torch.cat([weight.unscaled().T.to(torch.int64) for weight in weights], dim=1)
 
 
 def scales_of(weights: list[Weight]) -> torch.Tensor:
@@ -40,7 +42,9 @@ def scales_of(weights: list[Weight]) -> torch.Tensor:
 
 def product(rows: torch.Tensor, weights: list[Weight], direction: Direction) -> torch.Tensor:
     """What a tenant has in the end; the field's products are taken over Python's integers."""
-    scaling = scaling_of([facts_of("w", weight) for weight in weights], direction)
+    largest = Storage.INT8 if weights[0].low is None else Storage.INT15
+    facts = [facts_of("w", weight) for weight in weights]
+    scaling = scaling_of(facts, direction, largest=largest.largest_integer or 0)
     integers, scales = to_integers(rows, scaling)
     matrix = integers_of(weights) if direction is Direction.FORWARD else integers_of(weights).T
     true = integers.to(torch.int64) @ matrix
@@ -65,6 +69,7 @@ def product(rows: torch.Tensor, weights: list[Weight], direction: Direction) -> 
     kind=st.sampled_from(["random", "equal", "one zero", "all zero", "one element", "wide range"]),
     direction=st.sampled_from(Direction),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    storage=st.sampled_from([Storage.INT8, Storage.INT15]),
 )
 def test_products_are_exact_within_the_rounding_of_rows(
     seed: int,
@@ -76,12 +81,13 @@ def test_products_are_exact_within_the_rounding_of_rows(
     kind: str,
     direction: Direction,
     dtype: torch.dtype,
+    storage: Storage,
 ) -> None:
-    weights = weights_of(seed, widths, width_in, spread)
+    weights = weights_of(seed, widths, width_in, spread, storage)
     width = width_in if direction is Direction.FORWARD else sum(widths)
     x = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
     if kind == "equal":
-        x[:] = x[0]
+        x[:] = x[0].clone()
     elif kind in {"one zero", "all zero"}:
         x[: 1 if kind == "one zero" else rows] = 0
     elif kind == "one element":
@@ -107,16 +113,18 @@ def test_products_are_exact_within_the_rounding_of_rows(
 @pytest.mark.parametrize("direction", Direction)
 @pytest.mark.parametrize("width", [1, 7, 64, 4096])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_the_edge_of_the_bound(width: int, direction: Direction, sign: int) -> None:
+@pytest.mark.parametrize("storage", [Storage.INT8, Storage.INT15])
+def test_the_edge_of_the_bound(storage: Storage, width: int, direction: Direction, sign: int) -> None:
     # Every row lies along the largest weight row, all of whose integers are the largest: Cauchy-Schwarz is equality.
-    weight = quantised(torch.full((2, width), 0.5), Orientation.OUT_IN)
-    assert int(weight.stored.min()) == 127
-    turned = weight if direction is Direction.FORWARD else quantised(torch.full((width, 2), 0.5), Orientation.OUT_IN)
-    scaling = scaling_of([facts_of("w", turned)], direction)
+    shape, largest = (2, width) if direction is Direction.FORWARD else (width, 2), storage.largest_integer or 0
+    weight = quantised(torch.full(shape, 0.5), Orientation.OUT_IN, storage)
+    assert weight.unscaled().unique().tolist() == [largest]
+    scaling = scaling_of([facts_of("w", weight)], direction, largest=largest)
     integers, _ = to_integers(torch.full((1, width), sign * 3.0), scaling)
-    reached = int((integers.to(torch.int64) * 127).sum())
+    reached = int((integers.to(torch.int64) * largest).sum())
     assert abs(reached) <= P // 2
-    assert abs(reached) > 0.99 * (P // 2)  # and as fine as can be
+    # And as fine as can be, but for what is kept for the rounding of the row.
+    assert abs(reached) > 0.99 * (P // 2) - largest * width
 
 
 def test_float64_rows_of_every_magnitude() -> None:
@@ -134,11 +142,11 @@ def test_rows_of_a_stack_go_by_their_own_matrix() -> None:
     facts = facts_of("w", weight)
     matrix_T = torch.tensor([2, 0, 1, 1])
     for direction in Direction:
-        scaling = scaling_of([facts], direction)
+        scaling = scaling_of([facts], direction, largest=127)
         x = torch.randn(4, 8 if direction is Direction.FORWARD else 5)
         together = to_integers(x, scaling, matrix_T)
         for row, matrix in enumerate(matrix_T.tolist()):
-            alone = scaling_of([facts.matrix(matrix)], direction)
+            alone = scaling_of([facts.matrix(matrix)], direction, largest=127)
             integers, scale = to_integers(x[row : row + 1], alone)
             assert torch.equal(together[0][row : row + 1], integers)
             assert torch.equal(together[1][row : row + 1], scale)
@@ -157,7 +165,12 @@ def test_a_row_of_zeros_in_the_weight() -> None:
     product(torch.randn(3, 4), [weight], Direction.BACKWARD)
 
 
-def test_rows_too_wide_for_the_field_are_refused() -> None:
-    check_width(200_000, "w")
+@pytest.mark.parametrize(("largest", "fits", "too_wide"), [(127, 500_000, 2_000_000), (16_383, 4096, 16_384)])
+def test_rows_too_wide_for_the_field_are_refused(largest: int, fits: int, too_wide: int) -> None:
+    def worst(width: int) -> Scaling:
+        """Every integer is the largest."""
+        return Scaling(norms=torch.tensor([1.0, largest * math.sqrt(width)], dtype=torch.float64), width=width)
+
+    check_room(worst(fits), "w")
     with pytest.raises(ConfigurationError, match="too wide for exact products"):
-        check_width(1_000_000, "w")
+        check_room(worst(too_wide), "w")

@@ -147,7 +147,7 @@ def test_the_adapter_is_a_plain_one(tmp_path: Path, here: Path, open_base: OpenB
     state, identity = tmp_path / "host", tmp_path / "acme"
     for command in (
         ["host", "init", state],
-        ["join", identity, "--name", "acme"],
+        ["join", "--identity", identity, "--name", "acme"],
         ["host", "sign", state, identity / "tenant.csr", "--out", identity],
     ):
         assert symbiosis(*command, env=env, cwd=here).code == 0

@@ -16,10 +16,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from symbiosis.clients.base import Base
 from symbiosis.privacy.ledger import iterate, verify
 from symbiosis.protocols.messages import Direction
-from symbiosis.protocols.wire_cost import CONNECTION_BYTES, exchange_wire_bytes, wire_bytes
-
-SHARE = 0.01
-PER_CONNECTION = 4096
+from symbiosis.protocols.wire_cost import (
+    CONNECTION_BYTES,
+    PER_CONNECTION_BYTES,
+    TOLERANCE,
+    exchange_wire_bytes,
+    wire_bytes,
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,7 @@ class Measured:
     connections: int
 
     def check(self) -> None:
-        assert abs(self.predicted - self.wire) <= SHARE * self.wire + PER_CONNECTION * self.connections
+        assert abs(self.predicted - self.wire) <= TOLERANCE * self.wire + PER_CONNECTION_BYTES * self.connections
 
 
 def predict(ledger: Path) -> tuple[int, int]:
@@ -118,7 +121,7 @@ def test_a_whole_history(measure: Session) -> None:
 def test_small_frames_are_mostly_rows_and_the_rest_is_known(measure: Session) -> None:
     # What plain summing of application bytes would miss is far beyond the bound: the formula earns its place.
     measured = measure(one_row)
-    assert measured.wire - measured.application > 5 * (SHARE * measured.wire) + PER_CONNECTION
+    assert measured.wire - measured.application > 5 * (TOLERANCE * measured.wire) + PER_CONNECTION_BYTES
 
 
 def test_the_formula_by_hand() -> None:

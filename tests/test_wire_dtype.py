@@ -11,6 +11,7 @@ from oracles import frozen_llama, relative_error, sentences
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from symbiosis.clients.half import TenantHalf
 from symbiosis.errors import ConfigurationError
 from symbiosis.privacy import read_transcript
 
@@ -69,6 +70,27 @@ def test_the_half_in_the_cache_is_mapped_and_still_the_tenants_own(
     assert torch.equal(second.get_input_embeddings().weight, table)
     third = join(service.address, identity, cache=cache).load(AutoModelForCausalLM)
     assert torch.equal(third.get_input_embeddings().weight, table)
+
+
+def test_tenants_that_start_together_map_the_first_ones_file(
+    serve: Serve, enrol: Enrol, join: Join, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, identity, cache = serve(frozen_llama()), enrol("acme"), tmp_path / "cache"
+    slow, quick = (join(service.address, identity, cache=cache) for _ in range(2))
+    fetch, written = TenantHalf._fetch_tensor, dict[str, int]()
+
+    def overtaken(half: TenantHalf, name: str, count: int) -> bytes:
+        data = fetch(half, name, count)
+        if not written:
+            written["begun"] = 0
+            quick.load(AutoModelForCausalLM)
+            written.update({file.name: file.stat().st_ino for file in cache.glob("*.safetensors")})
+        return data
+
+    monkeypatch.setattr(TenantHalf, "_fetch_tensor", overtaken)
+    slow.load(AutoModelForCausalLM)
+    assert len(written) > 1
+    assert {file.name: file.stat().st_ino for file in cache.glob("*.safetensors")} | {"begun": 0} == written
 
 
 def test_a_damaged_file_in_the_cache_is_fetched_again(serve: Serve, enrol: Enrol, join: Join, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from symbiosis.server.batching import BatchConfig, BatchKey, Decision, Expected,
 from symbiosis.server.fairness import FairnessConfig, Service
 from symbiosis.server.pace import Pace
 from symbiosis.server.rate import Rate
+from symbiosis.server.sharing import Sharing
 
 MACS_PER_S = 4e10
 """What a worker of these tests really does; the executor has to find out."""
@@ -83,11 +84,11 @@ class Timeline:
         self.jobs: list[Job] = []
         self.service = Service(self.fairness)
         self.rate = Rate(floor_rows=self.config.floor_rows)
+        self.sharing = Sharing()
         self._pace = Pace()
         self._waiting: list[Job] = []
         self._idle = self.workers
-        self._bulk_running = self._turns = 0
-        self._bulk_ended_s = float("-inf")
+        self._turns = 0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self._sessions = itertools.count()
@@ -131,6 +132,7 @@ class Timeline:
         job = Job(tenant=tenant, session=session, ask=ask, arrived_s=self.now_s)
         self._pace.arrived(tenant, ask.key, now_s=self.now_s)
         self.service.arrive(tenant, macs_per_s=self.rate.macs_per_s)
+        self.sharing.arrived(bulk=self._is_bulk(job), now_s=self.now_s)
         self._waiting.append(job)
         self.jobs.append(job)
         self._next[id(job)] = asks
@@ -156,7 +158,8 @@ class Timeline:
             served=self.service.macs if self.fair else {},
             expected=self._expected(),
             macs_per_s=self.rate.macs_per_s,
-            bulk_ended_s=float("inf") if self._bulk_running else self._bulk_ended_s,
+            turn=self.sharing.turn(self.now_s),
+            talking=self._pace.talking(self.now_s),
             gather=self.gather and self._turns % 3 != 0,
             now_s=self.now_s,
             config=self.config,
@@ -164,6 +167,9 @@ class Timeline:
 
     def _expected(self) -> list[Expected]:
         return self._pace.expected(self.now_s)
+
+    def _is_bulk(self, job: Job) -> bool:
+        return not is_interactive(job.ask.rows, self.config)
 
     @staticmethod
     def _as_waiting(job: Job) -> Waiting:
@@ -187,12 +193,13 @@ class Timeline:
         for job, _ in takes:
             if job.taken == job.ask.rows:
                 self.service.leave(job.tenant)
+                self.sharing.left(bulk=self._is_bulk(job), now_s=self.now_s)
         self._waiting = [job for job in self._waiting if job.taken < job.ask.rows]
         self._idle -= 1
         rows, macs_per_row = sum(rows for _, rows in takes), takes[0][0].ask.macs_per_row
         took_s = BATCH_S + max(rows, self.config.floor_rows) * macs_per_row / MACS_PER_S
         self._turns += not decision.overtook
-        self._bulk_running += decision.bulk
+        self.sharing.begun(bulk=decision.bulk, now_s=self.now_s)
         number = len(self.batches)
         self.batches.append(
             Batch(
@@ -209,9 +216,7 @@ class Timeline:
     def _finish(self, takes: list[tuple[Job, int]], batch: Batch, rows: int, macs_per_row: int) -> None:
         self._idle += 1
         took_s = batch.took_s
-        if not batch.interactive:
-            self._bulk_running -= 1
-            self._bulk_ended_s = self.now_s
+        self.sharing.ended(bulk=not batch.interactive, took_s=took_s, now_s=self.now_s)
         self.rate.measured(rows=rows, macs_per_row=macs_per_row, seconds=took_s)
         for job, part in takes:
             job.computed += part
@@ -220,7 +225,7 @@ class Timeline:
                 self._pace.answered(
                     job.tenant,
                     job.ask.key,
-                    interactive=is_interactive(job.ask.rows, self.config),
+                    interactive=not self._is_bulk(job),
                     now_s=self.now_s,
                 )
                 self._think(job.tenant, job.session, self._next.pop(id(job)))

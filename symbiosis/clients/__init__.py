@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from symbiosis.clients.base import Base
     from symbiosis.clients.connection import connect
     from symbiosis.clients.remote_weight import RemoteWeight, is_remote
+    from symbiosis.clients.truth import TruthConfig
 
-__all__ = ["Base", "RemoteWeight", "connect", "is_remote"]
+__all__ = ["Base", "RemoteWeight", "TruthConfig", "connect", "is_remote"]
 
 _HOMES = {
     "Base": "symbiosis.clients.base",
     "RemoteWeight": "symbiosis.clients.remote_weight",
+    "TruthConfig": "symbiosis.clients.truth",
     "connect": "symbiosis.clients.connection",
     "is_remote": "symbiosis.clients.remote_weight",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from symbiosis.clients.experts import Experts
 from symbiosis.clients.half import TenantHalf
 from symbiosis.clients.helper import HelperSession
+from symbiosis.clients.local_copy import LocalCopy
+from symbiosis.clients.passes import PassWatch
 from symbiosis.clients.remote_weight import RemoteWeight, is_remote
 from symbiosis.clients.row_custody import mark_public
 from symbiosis.clients.session import Session, Traffic
@@ -31,9 +34,10 @@ class Base:
         ledger: what left, and the file where that is written.
         identity: directory of the tenant's key and certificate, where there is one.
         cache: directory for fetched tensors and files; `None` keeps nothing.
-        local: a local copy of the base to take the tenant's half from.
+        local: the tenant's copy of the base, to take its half from.
         experts: which experts of a mixture are called.
         helper: the session with the second host, which belongs to this base, if there is one.
+        watch: sees every call of a loaded model, where a recording needs it; it belongs to this base, too.
     """
 
     def __init__(
@@ -43,16 +47,18 @@ class Base:
         *,
         identity: Path | None = None,
         cache: Path | None = None,
-        local: Path | None = None,
+        local: LocalCopy | None = None,
         experts: Experts = Experts.CALLED,
         helper: HelperSession | None = None,
+        watch: PassWatch | None = None,
     ) -> None:
         self._session = session
+        self._watch = watch
         self._helper = helper
         self._ledger = ledger
         self._multiplier = Multiplier(session, experts=experts)
         self._half = TenantHalf(self._multiplier, cache=cache, local=local)
-        self._on_close: Callable[[], None] | None = None
+        self._owned = contextlib.ExitStack()
         self.identity = identity
         """Directory of the identity that other processes may connect with, where there is one."""
 
@@ -60,6 +66,11 @@ class Base:
     def manifest(self) -> Manifest:
         """The hosted layers, and what the host publishes beside them."""
         return self._multiplier.manifest
+
+    @property
+    def session(self) -> Session:
+        """The conversation with the host, for whoever measures it."""
+        return self._session
 
     @property
     def address(self) -> str:
@@ -125,8 +136,12 @@ class Base:
         return self._load_model(auto_class, folder, kwargs)
 
     def own(self, on_close: Callable[[], None]) -> Base:
-        """Make this base the owner of what it stands on: `on_close` is called last when it is closed."""
-        self._on_close = on_close
+        """Make this base the owner of what it stands on.
+
+        Args:
+            on_close: called when all of its own is closed, and before what it was made the owner of earlier.
+        """
+        self._owned.callback(on_close)
         return self
 
     def close(self) -> None:
@@ -136,10 +151,10 @@ class Base:
         if self._helper is not None:
             self._helper.close()  # first: the mechanism may be waiting for it, in a thread of its own
         self._session.close()
+        if self._watch is not None:
+            self._watch.close()
         self._ledger.close()
-        if self._on_close is not None:
-            on_close, self._on_close = self._on_close, None
-            on_close()
+        self._owned.close()
 
     def __enter__(self) -> Base:
         return self
@@ -171,6 +186,8 @@ class Base:
         # Saving the whole model saves the tenant's half; the hosted weights are not here to be saved.
         model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save or ()) | remote
         model._ddp_params_and_buffers_to_ignore = sorted(remote)
+        if self._watch is not None:
+            self._watch.attach(model)
         return model
 
     def _mark_public(self, model: Any) -> None:

@@ -7,6 +7,7 @@ A mod audits code that the tenant trusts; it is no sandbox for code that the ten
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import re
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from flwr.clientapp import ClientApp
 from symbiosis.clients.gate import EgressGate, Scalar
 from symbiosis.errors import CustodyError, EnrolmentError, LedgerError, SymbiosisError
 from symbiosis.privacy.ledger import Ledger
+from symbiosis.privacy.ledger_heads import head_from_json
+from symbiosis.protocols.canonical import canonical_json
 from symbiosis.protocols.signing_request import read_request
 
 _log = logging.getLogger(__name__)
@@ -40,12 +43,13 @@ ALLOWED = frozenset(
         "bytes-sent",
         "bytes-received",
         "num-examples",
+        "ledger-head",  # what the tenant's key says about its ledger; canonical JSON of a signed head
         "error",  # code of a typed error, never its text
     }
 )
 """Names of everything that a tenant's Flower messages may carry (docs/custody.md)."""
 
-RECORDS = frozenset({"enrolment", "metrics"})
+RECORDS = frozenset({"enrolment", "metrics", "ledger"})
 """Names of the records that these come in; a record's name leaves, too."""
 
 ERROR_NAME = "error.txt"
@@ -53,6 +57,10 @@ ERROR_NAME = "error.txt"
 
 _ERROR_CODE = 2  # Flower's CLIENT_APP_RAISED_EXCEPTION
 _CODE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}", re.ASCII)
+
+HEAD = "ledger-head"
+MAX_HEAD_BYTES = 8192
+"""A signed head has a certificate in it, and little else."""
 
 LedgerOf = Callable[[Context], tuple[Path, str]]
 """The ledger's file and the tenant's name for a context."""
@@ -138,9 +146,20 @@ def _values(reply: Message) -> dict[str, Scalar | bytes]:
             if isinstance(value, list | str) or name in values:
                 raise CustodyError(f"a Flower message may not carry {name!r} as a list, as text, or twice")
             if isinstance(value, bytes):
-                _check_request(name, value)
+                (_check_head if name == HEAD else _check_request)(name, value)
             values[name] = value
     return values
+
+
+def _check_head(name: str, value: bytes) -> None:
+    try:
+        head = head_from_json(json.loads(value))
+        head.check()
+        whole = canonical_json(head.to_json()) == value and len(value) <= MAX_HEAD_BYTES
+    except (ValueError, RecursionError, SymbiosisError) as error:
+        raise CustodyError(f"a Flower message may not carry bytes as {name!r}") from error
+    if not whole:
+        raise CustodyError(f"a Flower message may not carry more than a signed head as {name!r}")
 
 
 def _check_request(name: str, value: bytes) -> None:

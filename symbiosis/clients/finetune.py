@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from symbiosis.clients.adapter_canaries import Planting, plant
 from symbiosis.clients.base import Base
 from symbiosis.clients.dp_settings import check_arguments
 from symbiosis.clients.finetune_config import FineTuneConfig
@@ -16,6 +17,7 @@ from symbiosis.clients.finetune_result import FineTuneResult, plot_losses, write
 from symbiosis.clients.finetune_settings import adapter_config, training_arguments
 from symbiosis.clients.finetune_state import CHECKPOINTS, Plan, RunFile, claim
 from symbiosis.clients.finetune_trainer import Report, build_trainer
+from symbiosis.errors import ConfigurationError
 from symbiosis.privacy.ledger import verify
 
 TEMPLATE_NAME = "chat_template.jinja"
@@ -42,13 +44,14 @@ def prepare(config: FineTuneConfig) -> Plan:
     return Plan(config=config, adapter=adapter, arguments=arguments, train=train, held_out=held_out)
 
 
-def run(plan: Plan, base: Base, report: Report) -> FineTuneResult:
+def run(plan: Plan, base: Base, report: Report, *, planting: Planting | None = None) -> FineTuneResult:
     """Train, and leave the adapter, its card, the result and the plot in the output directory.
 
     Args:
         plan: from `prepare`.
         base: where the frozen layers are; stays open.
         report: is told of every step.
+        planting: canaries for the adapter, before its first step; none by default.
 
     Raises:
         ConfigurationError: settings that do not fit this base, or the run that is to be resumed.
@@ -56,6 +59,10 @@ def run(plan: Plan, base: Base, report: Report) -> FineTuneResult:
     """
     run_file = RunFile.open(plan, base)
     trainer = build_trainer(plan, base, report)
+    if planting is not None:
+        if run_file.checkpoint is not None:
+            raise ConfigurationError("an adapter that is trained on holds no canaries", "Leave --canaries out")
+        plant(trainer.model, planting, seed=plan.arguments.seed)
     if plan.held_out is not None and run_file.loss_before is None:
         run_file.keep_loss_before(_held_out_loss(trainer))
     started = time.monotonic()

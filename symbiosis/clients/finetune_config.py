@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from symbiosis.clients.dp_config import DPConfig
+from symbiosis.clients.row_buckets import RowBuckets, row_buckets_of
 from symbiosis.errors import ConfigurationError
 
 CHOICES = {
     "publish": ("half", "all"),
-    "weights": ("float", "int8"),
+    "weights": ("float", "int8", "int15"),
     "dtype": ("auto", "float32", "float64", "float16", "bfloat16"),
     "experts": ("called", "alike"),
     "wire_dtype": ("auto", "bfloat16", "float16"),
@@ -41,6 +42,12 @@ class BaseSource:
     """Address of a second host, for modes that need one; goes with `address`."""
     record: Path | None = None
     """An existing, empty directory for a recording of what the host sees."""
+    record_max_bytes: int | None = None
+    """The recording is at most so long."""
+    record_every: int = 1
+    """Of so many forward and backward passes one is recorded."""
+    truth: Path | None = None
+    """An existing, empty directory of mode 0700 for what is behind the recording."""
     ledger: Path | None = None
     """File to continue or begin."""
     publish: str = "half"
@@ -53,6 +60,14 @@ class BaseSource:
     """Which experts of a mixture are called."""
     wire_dtype: str = "auto"
     """What wider rows are rounded to before they leave."""
+    verify: bool = False
+    """Whether answers are checked in modes that do not check by themselves."""
+    copy: Path | None = None
+    """The tenant's own copy of the base, to read its half from and to check answers with; goes with `address`."""
+    row_buckets: RowBuckets | None = None
+    """What numbers of rows are rounded up to."""
+    allow_operands: bool = False
+    """Let rows leave that carry operands of the adapter's, under a mode that would refuse them."""
 
     def __post_init__(self) -> None:
         if bool(self.address) == bool(self.path):
@@ -63,7 +78,7 @@ class BaseSource:
             raise ConfigurationError(
                 "base.identity is missing", "Give the directory that `symbiosis join` made for this host"
             )
-        for name in ("identity", "helper"):
+        for name in ("identity", "helper", "copy"):
             if self.path and getattr(self, name) is not None:
                 raise ConfigurationError(f"base.{name} goes with base.address", "Leave it out beside base.path")
         for name, choices in CHOICES.items():
@@ -202,6 +217,22 @@ class _Section:
             raise self._wrong(key, "true or false")
         return value
 
+    def text_or_numbers(self, key: str) -> str | list[int] | None:
+        """A text that is not empty, a list of whole numbers, or `None`."""
+        value = self._values.get(key)
+        if isinstance(value, list):
+            if not value or not all(isinstance(number, int) and not isinstance(number, bool) for number in value):
+                raise self._wrong(key, "a text or a list of whole numbers")
+            return value
+        return self.text(key)
+
+    def whole(self, key: str) -> int | None:
+        """A whole number from 1 on, or `None`."""
+        value = self._values.get(key)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise self._wrong(key, "a whole number from 1 on")
+        return value
+
     def path(self, key: str) -> Path | None:
         """A path, relative to the file's directory."""
         text = self.text(key)
@@ -237,7 +268,14 @@ def _base(section: _Section) -> BaseSource:
         privacy=section.text("privacy") or "plaintext",
         helper=section.text("helper"),
         record=section.path("record"),
+        row_buckets=row_buckets_of(section.text_or_numbers("row_buckets")),
+        allow_operands=section.switch("allow_operands"),
+        record_max_bytes=section.whole("record_max_bytes"),
+        record_every=section.whole("record_every") or 1,
+        truth=section.path("truth"),
         ledger=section.path("ledger"),
+        verify=section.switch("verify"),
+        copy=section.path("copy"),
         **{name: section.text(name) or choices[0] for name, choices in CHOICES.items()},
     )
 

@@ -82,6 +82,8 @@ class FineTuneResult:
 def privacy_meaning(privacy: Mapping[str, Any]) -> str:
     """What a privacy mode and its figures mean, in sentences."""
     meaning = PRIVACY_MEANING.get(privacy["mode"], f"The mode promises {privacy['promise']}.")
+    if solvable := len(privacy["solvable"]):
+        meaning += f" The host could solve for what this adapter does to the rows of {solvable} of its weights."
     if "epsilon" not in privacy:
         return meaning
     epsilon = "no bound" if privacy["epsilon"] is None else f"{privacy['epsilon']:.3g}"

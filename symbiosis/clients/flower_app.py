@@ -20,7 +20,8 @@ from flwr.clientapp import ClientApp
 
 from symbiosis.clients.base import Base
 from symbiosis.clients.connection import connect
-from symbiosis.clients.egress_mod import GatedClientApp
+from symbiosis.clients.egress_mod import HEAD, GatedClientApp
+from symbiosis.clients.flower_audit import audit_of
 from symbiosis.clients.training import (
     RoundResult,
     TenantData,
@@ -31,6 +32,8 @@ from symbiosis.clients.training import (
     train_round,
 )
 from symbiosis.errors import ConfigurationError
+from symbiosis.privacy.ledger_heads import read_heads
+from symbiosis.protocols.canonical import canonical_json
 from symbiosis.protocols.identity_directory import create_request, install_certificate
 from symbiosis.protocols.keyfiles import make_directory
 
@@ -112,18 +115,27 @@ def make_client_app(
     def train(message: Message, context: Context) -> Message:
         who, order = tenant(context), message.content["order"]
         _install(who, order)
+        audit = audit_of(who, number=int(order["round"]))
         with connect(
             str(order["address"]),
             identity=who.home / "identity",
             privacy=privacy,
+            record=audit.recording if audit is not None else None,
+            truth=audit.truth if audit is not None else None,
             ledger=who.home / LEDGER_NAME,
             cache=who.home / "cache",
         ) as base:
             metrics = _train_round(who, base, data, number=int(order["round"]))
+            if audit is not None:
+                audit.keep(base, ledger=who.home / LEDGER_NAME, adapter=who.home / ADAPTER_NAME)
         context.state["tenant"] = ConfigRecord(
             {"adapter": str(who.home / ADAPTER_NAME), "digest": _digest(who.home / ADAPTER_NAME)}
         )
-        return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
+        content = RecordDict({"metrics": MetricRecord(metrics)})
+        if audit is not None:
+            head = read_heads(who.home / LEDGER_NAME)[-1]
+            content["ledger"] = ConfigRecord({HEAD: canonical_json(head.to_json())})
+        return Message(content, reply_to=message)
 
     return app
 

@@ -7,9 +7,11 @@ The rules of custody, numbered where they are enforced (docs/custody.md says wha
 3. what is sent is the message and nothing else, byte for byte: a call's payload is its rows; of rows that are handed
    over on a device the gate makes the bytes itself, from a copy of its own;
 4. message numbers increase, so that none is ever used twice; only the very bytes that left last may leave again,
-   which a host that had no room for them is owed, and each time is entered by itself;
+   which a host that had no room for them, or was gone before it answered, is owed, and each time is entered;
 5. a fetch names only what the manifest publishes, or a hosted weight whose norms it wants;
 6. what cannot be entered into the ledger does not leave.
+
+Rules 7 to 10 are checked afterwards (`privacy.audit.custody`).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import numpy as np
 
 from symbiosis.clients.row_copy import RowCopy
 from symbiosis.errors import CustodyError
-from symbiosis.privacy.ledger import Ledger
+from symbiosis.privacy.ledger import Ledger, LedgerEntry
 from symbiosis.protocols.canonical import canonical_json, sha256_hex
 from symbiosis.protocols.codec import Encoded, Request, encode_request
 from symbiosis.protocols.field import KEY_BYTES
@@ -32,6 +34,8 @@ from symbiosis.protocols.messages import BlobKind, Call, Draw, Fetch, Hello, che
 from symbiosis.protocols.transcript import TranscriptWriter
 
 Scalar = bool | int | float | str
+
+_BYTES = frozenset({"csr", "ledger-head"})
 
 
 class EgressGate:
@@ -73,7 +77,9 @@ class EgressGate:
             match request:
                 case Hello():
                     encoded = _checked(request, encoded)
-                    self._enter("hello", encoded, digest=sha256_hex(encoded.header))
+                    # The session that it opens, or goes on with: all entries up to the next greeting are that one's.
+                    detail: dict[str, Scalar] = {"session": request.session.hex()}
+                    self._enter("hello", encoded, digest=sha256_hex(encoded.header), detail=detail)
                 case Fetch():
                     self._check_number(request.number)
                     _check_fetch(request, manifest)
@@ -95,7 +101,7 @@ class EgressGate:
 
         Args:
             record: every value of the message by name.
-            allowed: the names that may leave. Bytes and long texts may leave under the name `csr` alone.
+            allowed: the names that may leave. Bytes and long texts may leave under the names `csr` and `ledger-head`.
 
         Raises:
             CustodyError: a name that is not whitelisted, or a value that is no scalar.
@@ -106,7 +112,7 @@ class EgressGate:
                 raise CustodyError(
                     f"a Flower message may not carry {name!r}", "Only whitelisted scalars leave"
                 )  # rule 1
-            if name != "csr" and not _small_number(value) and not _short_text(value):
+            if name not in _BYTES and not _small_number(value) and not _short_text(value):
                 raise CustodyError(f"a Flower message may not carry a {type(value).__name__} as {name!r}")  # rule 1
         data = canonical_json({name: _plain(value) for name, value in record.items()})
         with self._lock:
@@ -152,18 +158,25 @@ class EgressGate:
         if encoded is None:
             call = replace(call, rows=self._copy.of(call.rows))
         encoded = _checked(call, encoded)
-        layers = _names(call.layers, manifest)
-        self._enter(
+        layers, digest = _names(call.layers, manifest), sha256_hex(encoded.payload)
+        entry = self._enter(
             "call",
             encoded,
-            digest=sha256_hex(encoded.payload),
+            digest=digest,
             layers=layers,
             direction=call.direction.value,
             shape=tuple(call.rows.shape),
             dtype=dtype_name(call.rows.dtype),
         )
         if self._transcript is not None:  # last: what is recorded has passed every rule
-            self._transcript.write(layers=layers, direction=call.direction, rows=call.rows, segments=call.segments)
+            self._transcript.write(
+                layers=layers,
+                direction=call.direction,
+                rows=call.rows,
+                segments=call.segments,
+                entry=entry.sequence,
+                digest=digest,
+            )
         return encoded
 
     def _admit_draw(self, draw: Draw, encoded: Encoded | None, manifest: Manifest | None) -> Encoded:
@@ -192,15 +205,17 @@ class EgressGate:
             raise CustodyError(f"message number {number} was used before")  # rule 4
         self._last_number = number
 
-    def _enter(self, kind: str, encoded: Encoded, **fields: Any) -> None:
-        self._ledger.append(
+    def _enter(self, kind: str, encoded: Encoded, **fields: Any) -> LedgerEntry:
+        entry = self._ledger.append(
             kind=kind,
             bytes=encoded.byte_count,
             messages=encoded.chunk_count,
             destination=self._destination,
             **fields,
         )
-        self._last = _Left(kind, encoded.header, fields) if kind != "hello" else None
+        if kind != "hello":  # a session that goes on elsewhere greets first, and then repeats what left before
+            self._last = _Left(kind, encoded.header, fields)
+        return entry
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,20 +10,18 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import safetensors
-import safetensors.torch
 import torch
 
+from symbiosis.clients.local_copy import LocalCopy
 from symbiosis.clients.session import Session
 from symbiosis.clients.siblings import Multiplier
-from symbiosis.errors import FrameError, PolicyError, UnknownBaseError
+from symbiosis.clients.tensor_files import HEADER_BYTES, checked_tensor, map_tensor, parse_tensor, read_layer
+from symbiosis.errors import FrameError, UnknownBaseError
 from symbiosis.protocols.canonical import sha256_hex
 from symbiosis.protocols.facts import Facts, facts_byte_count, facts_from_bytes
-from symbiosis.protocols.manifest import Layer, Manifest, PublishedFile, PublishedTensor, require_published
-from symbiosis.protocols.messages import BlobKind, dtype_name
+from symbiosis.protocols.manifest import Manifest, PublishedFile, PublishedTensor, require_published
+from symbiosis.protocols.messages import BlobKind
 from symbiosis.protocols.tensors import byte_count, stored_dtype, tensor_digest
-
-_SAFETENSORS_HEADER_BYTES = 64 << 10
 
 _Read = TypeVar("_Read")
 
@@ -34,15 +32,15 @@ class TenantHalf:
     Args:
         multiplier: products with hosted weights.
         cache: directory for what was fetched, shared between bases and sessions; `None` keeps nothing.
-        local: directory of the same base; tensors are read from it instead of being fetched.
+        local: the tenant's copy of the same base; tensors are read from it instead of being fetched.
     """
 
-    def __init__(self, multiplier: Multiplier, *, cache: Path | None, local: Path | None) -> None:
+    def __init__(self, multiplier: Multiplier, *, cache: Path | None, local: LocalCopy | None) -> None:
         self.multiplier = multiplier
         self._session: Session = multiplier.session
         self._manifest: Manifest = multiplier.manifest
         self._cache = cache
-        self._local = _local_tensors(local, self._manifest) if local is not None else None
+        self._local = local.tensors(self._manifest) if local is not None else None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._downloads: dict[str, torch.Tensor] = {}
         self._facts: dict[str, Facts] = {}
@@ -66,12 +64,12 @@ class TenantHalf:
                     f"the local base has no {entry.name} like the host's", "Give the directory of the very same base"
                 )
             return found.clone()
-        checked = partial(_checked, name=entry.name, shape=entry.shape, dtype=entry.dtype, digest=entry.digest)
+        checked = partial(checked_tensor, name=entry.name, shape=entry.shape, dtype=entry.dtype, digest=entry.digest)
         return self._cached(
             entry.digest + ".safetensors",
             fetch=lambda: self._fetch_tensor(entry.name, entry.byte_count),
-            read=lambda data: checked(_parse(data, entry.name)),
-            read_file=lambda path: checked(_map(path, entry.name)),
+            read=lambda data: checked(parse_tensor(data, entry.name)),
+            read_file=lambda path: checked(map_tensor(path, entry.name)),
         )
 
     def download(self, name: str) -> torch.Tensor:
@@ -80,7 +78,7 @@ class TenantHalf:
             require_published(self._manifest, name)
             layer = self._manifest.layers[self._manifest.position(name)]
             data = self._fetch_tensor(name, byte_count(layer.shape, stored_dtype(layer.dtype)))
-            self._downloads[name] = _read_layer(data, layer)
+            self._downloads[name] = read_layer(data, layer)
         return self._downloads[name]
 
     def facts(self, name: str) -> Facts:
@@ -110,7 +108,7 @@ class TenantHalf:
             self._scratch.cleanup()
 
     def _fetch_tensor(self, name: str, count: int) -> bytes:
-        return self._session.fetch(BlobKind.TENSOR, name, max_bytes=count + _SAFETENSORS_HEADER_BYTES)
+        return self._session.fetch(BlobKind.TENSOR, name, max_bytes=count + HEADER_BYTES)
 
     def _fetch_file(self, name: str, count: int) -> bytes:
         return self._session.fetch(BlobKind.FILE, name, max_bytes=count)
@@ -136,66 +134,37 @@ class TenantHalf:
                 return from_file(path)
         data = fetch()
         result = read(data)
-        self._cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=self._cache, delete=False) as file:
-            file.write(data)
-        os.replace(file.name, path)
+        if not _first(path, data):
+            with contextlib.suppress(FrameError, FileNotFoundError):
+                return from_file(path)
+            _write(path, data)
         return result if read_file is None else read_file(path)
+
+
+def _first(path: Path, data: bytes) -> bool:
+    """Write a file that nobody has written yet; whether this did.
+
+    Of tenants that start together, all map the first one's file: each one's own would be as many copies in memory.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent) as file:
+        file.write(data)
+        file.flush()
+        try:
+            os.link(file.name, path)
+        except OSError:  # there is one, or this file system has no links
+            return False
+    return True
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file at once, in the place of one that may be there."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(data)
+    os.replace(file.name, path)
 
 
 def _read_file(file: PublishedFile, data: bytes) -> bytes:
     if sha256_hex(data) != file.digest:
         raise FrameError(f"the host's file {file.name} is not the one in its manifest", "Connect again")
     return data
-
-
-def _read_layer(data: bytes, layer: Layer) -> torch.Tensor:
-    tensor = _parse(data, layer.name)
-    return _checked(tensor, name=layer.name, shape=layer.shape, dtype=layer.dtype, digest=layer.digest)
-
-
-def _parse(data: bytes, name: str) -> torch.Tensor:
-    try:
-        tensor: torch.Tensor = safetensors.torch.load(data)["tensor"]
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise _not_a_tensor(name) from error
-    return tensor
-
-
-def _map(path: Path, name: str) -> torch.Tensor:
-    """A tensor over the file's own pages, which tenants on one machine then hold once; a write copies its page."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor("tensor")
-    except (safetensors.SafetensorError, OSError) as error:
-        raise _not_a_tensor(name) from error
-    return tensor
-
-
-def _not_a_tensor(name: str) -> FrameError:
-    return FrameError(f"the host's {name} is not a safetensors file", "Connect again, or clear the cache")
-
-
-def _checked(tensor: torch.Tensor, *, name: str, shape: tuple[int, ...], dtype: str, digest: str) -> torch.Tensor:
-    if tuple(tensor.shape) != shape or dtype_name(tensor.dtype) != dtype or tensor_digest(tensor) != digest:
-        raise FrameError(f"the host's {name} is not the one in its manifest", "Connect again, or clear the cache")
-    return tensor
-
-
-def _local_tensors(folder: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
-    """The named tensors of a local copy of the base, under the names that the host uses."""
-    import transformers  # noqa: PLC0415 - slow
-
-    if not folder.is_dir():
-        raise UnknownBaseError(f"there is no directory {str(folder)!r}", "Give the directory of the base")
-    model_class = getattr(transformers, manifest.architecture, None)
-    if model_class is None:
-        raise PolicyError(f"this transformers has no {manifest.architecture}", "Install the host's release of it")
-    try:
-        model = model_class.from_pretrained(folder, dtype="auto", use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise UnknownBaseError(
-            f"the base in {str(folder)!r} cannot be loaded: {error}", "Check the directory"
-        ) from error
-    wanted = {tensor.name for tensor in manifest.tensors}
-    return {name: tensor for name, tensor in model.state_dict().items() if name in wanted}

@@ -17,8 +17,9 @@ import torch
 
 from symbiosis.clients.gate import EgressGate
 from symbiosis.clients.retry import RetryConfig
-from symbiosis.clients.session import Session, Traffic
+from symbiosis.clients.session import Session, Traffic, Way
 from symbiosis.errors import ConfigurationError, ProtocolError
+from symbiosis.privacy.answer_checks import AnswerChecks
 from symbiosis.privacy.mechanism import Group, Mechanism, Plaintext
 from symbiosis.protocols.facts import Facts
 from symbiosis.protocols.manifest import Manifest
@@ -35,15 +36,17 @@ class HelperSession:
         transport: the way to the helper.
         gate: the door out to it.
         retry: how long to come back to a helper that has no room.
+        way: as `Session`.
 
     Raises:
         SymbiosisError: as `Session`.
     """
 
-    def __init__(self, transport: Transport, gate: EgressGate, *, retry: RetryConfig | None = None) -> None:
-        self._transport = transport
+    def __init__(
+        self, transport: Transport, gate: EgressGate, *, retry: RetryConfig | None = None, way: Way | None = None
+    ) -> None:
         # What goes to a helper is concealed by what it is, not by a mechanism.
-        self._session = Session(transport, gate, Plaintext(), retry=retry)
+        self._session = Session(transport, gate, Plaintext(), retry=retry, way=way)
 
     @property
     def address(self) -> str:
@@ -68,31 +71,60 @@ class HelperSession:
         """See `Helper.draw`."""
         return self._session.draw(group, key=key, rows=rows)
 
-    def check_beside(self, session: Session, transport: Transport) -> None:
+    def check_beside(self, session: Session) -> None:
         """Check that this is a helper for the session's host.
 
         Args:
             session: an open session with the host.
-            transport: what it goes through.
 
         Raises:
             ConfigurationError: another base (rule 1), or the same host (rule 2).
             SymbiosisError: as the two hosts say.
         """
-        if self._transport.peer() == transport.peer():
-            raise _same_host(self.address)
-        mine, other = _manifest(session), _manifest(self._session)
-        if _fingerprint(mine) != _fingerprint(other):
-            raise _other_base(self.address)
-        for position, (layer, twin) in enumerate(zip(mine.layers, other.layers, strict=True)):
-            if layer.facts_digest != twin.facts_digest and not _alike(
-                session.facts(position), self._session.facts(position)
-            ):
-                raise _other_base(self.address)
+        check_apart(session, self._session)
+        check_same_base(session, self._session)
+
+    def check_with(self, checks: AnswerChecks) -> None:
+        """Check the helper's answers in floating point as the host's are: it holds the same base."""
+        self._session.check_with(checks, who="helper")
 
     def close(self) -> None:
         """End the session with the helper."""
         self._session.close()
+
+
+def check_same_base(session: Session, other: Session) -> None:
+    """Check that two hosts hold the same base, in the same storage (rule 1).
+
+    Args:
+        session: with the host.
+        other: with its helper.
+
+    Raises:
+        ConfigurationError: they do not.
+        SymbiosisError: as the two hosts say.
+    """
+    mine, theirs = _manifest(session), _manifest(other)
+    if _fingerprint(mine) != _fingerprint(theirs):
+        raise _other_base(other.address)
+    for position, (layer, twin) in enumerate(zip(mine.layers, theirs.layers, strict=True)):
+        if layer.facts_digest != twin.facts_digest and not _alike(session.facts(position), other.facts(position)):
+            raise _other_base(other.address)
+
+
+def check_apart(session: Session, other: Session) -> None:
+    """Check that two sessions are not with one and the same host (rule 2).
+
+    Args:
+        session: with the host.
+        other: with its helper.
+
+    Raises:
+        ConfigurationError: the same key answers.
+        SymbiosisError: as the two hosts say.
+    """
+    if session.peer == other.peer:
+        raise _same_host(other.address)
 
 
 def check_named(mechanism: Mechanism, *, address: str, helper: str | None) -> None:
@@ -106,8 +138,17 @@ def check_named(mechanism: Mechanism, *, address: str, helper: str | None) -> No
             f"the privacy mode {mechanism.name!r} needs a second host with the same base, run by somebody else",
             'Give its address: helper="host:port"',
         )
-    if helper == address:
-        raise _same_host(address)
+    check_addresses(address=address, helper=helper)
+
+
+def check_addresses(*, address: str | None, helper: str | None) -> None:
+    """Check that a helper is not the host by its very address (rule 2).
+
+    Raises:
+        ConfigurationError: it is.
+    """
+    if helper is not None and helper == address:
+        raise _same_host(helper)
 
 
 def _same_host(address: str) -> ConfigurationError:

@@ -24,7 +24,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from symbiosis.clients.read_only import ReadOnlyView
-from symbiosis.clients.row_custody import asked_by
+from symbiosis.clients.row_custody import asked_by, asking
 from symbiosis.clients.row_products import PRODUCTS, RowTarget
 from symbiosis.clients.siblings import Multiplier
 from symbiosis.clients.weight_algebra import ALGEBRA, has_expression, with_numbers
@@ -139,6 +139,11 @@ class RemoteWeight(RowTarget, torch.Tensor):
         """See `RowTarget`; one message, whatever the number of matrices."""
         direction, dtype = self._direction(transposed), _product_dtype(rows_TI)
         return self._source.multiplier.multiply_stack(rows_TI, self._layer.name, direction, segments, dtype=dtype)
+
+    def rows_carry(self, how: str) -> None:
+        """See `RowTarget`."""
+        by = asking() or "an expression of the weight"
+        self._source.multiplier.session.operands.multiplied(self._layer.name, by=by, how=how)
 
     def numbers(self, reason: object = "an expression") -> torch.Tensor:
         """See `RowTarget`."""

@@ -53,7 +53,7 @@ def are_activations(rows: torch.Tensor, *, stack: bool = False) -> bool:
     if rows.dim() > 2 and not stack:  # rule 2
         return True
     module = calling_module()
-    return module is None or _holds_weights(module) or _derives_from_a_product(rows)  # rules 3 and 4
+    return module is None or holds_weights(module) or _derives_from_a_product(rows)  # rules 3 and 4
 
 
 def calling_module() -> nn.Module | None:
@@ -72,20 +72,39 @@ def _calling_modules() -> Iterator[nn.Module]:
 
 def asked_by() -> str:
     """`, asked for by MODULE`, for an error's text; empty where the frozen model or the user asks."""
+    name = asking()
+    return f", asked for by {name}" if name else ""
+
+
+def asking() -> str:
+    """The full name of the class of the module that asks; empty where the frozen model or the user does."""
     # A function's module (an activation of PyTorch, say) is not who asks.
     module = next((found for found in _calling_modules() if not type(found).__module__.startswith("torch.")), None)
-    if module is None or _holds_weights(module):
+    if module is None or holds_weights(module):
         return ""
-    return f", asked for by {type(module).__module__}.{type(module).__qualname__}"
+    return class_name(module)
 
 
 def _is_parameter(rows: torch.Tensor) -> bool:
-    if _is_private(rows) or _is_private(rows._base):
+    if is_private(rows) or is_private(rows._base):
         return True
-    node: Any = rows.grad_fn
+    return is_private(getattr(_before_copies(rows.grad_fn), "variable", None))
+
+
+def last_parameter(rows: torch.Tensor) -> str | None:
+    """Autograd's name of the last thing that happened to `rows`, if it took a private parameter."""
+    node = _before_copies(rows.grad_fn)
+    if node is None or node.name() == PRODUCT_NODE:
+        return None
+    taken = (_before_copies(following) for following, _ in node.next_functions)
+    return node.name() if any(is_private(getattr(each, "variable", None)) for each in taken) else None
+
+
+def _before_copies(node: Any) -> Any:
+    """What autograd did before it only copied or moved the numbers."""
     while node is not None and node.name() in _COPIES:
         node = node.next_functions[0][0]
-    return _is_private(getattr(node, "variable", None))
+    return node
 
 
 def mark_public(parameter: nn.Parameter) -> None:
@@ -93,13 +112,20 @@ def mark_public(parameter: nn.Parameter) -> None:
     setattr(parameter, _PUBLIC_VERSION, parameter._version)
 
 
-def _is_private(tensor: object) -> bool:
+def class_name(module: nn.Module) -> str:
+    """The full name of a module's class."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def is_private(tensor: object) -> bool:
+    """Whether this is a parameter of the tenant's own: it is trained, or did not come from the host as it is."""
     if not isinstance(tensor, nn.Parameter):
         return False
     return bool(tensor.requires_grad or getattr(tensor, _PUBLIC_VERSION, None) != tensor._version)
 
 
-def _holds_weights(module: nn.Module) -> bool:
+def holds_weights(module: nn.Module) -> bool:
+    """Whether `module` itself holds a weight that lives elsewhere."""
     parametrized = module._modules.get("parametrizations")
     inner = parametrized.parameters() if parametrized is not None else ()
     return any(isinstance(parameter, HeldElsewhere) for parameter in chain(module._parameters.values(), inner))

@@ -29,6 +29,13 @@ class RowTarget(HeldElsewhere):
         """`(T, O)`: each segment's rows times its matrix (transposed). For a stack."""
         raise TypeError(f"{type(self).__name__} has no product with rows of many matrices")
 
+    def rows_carry(self, how: str) -> None:
+        """An expression is about to send rows that a local operand has changed; `how` it could be solved for.
+
+        Raises:
+            PrivacyError: the privacy mode refuses it.
+        """
+
     def numbers(self, reason: object = "the algebra of weights") -> torch.Tensor:
         """The numbers, downloaded where the host's policy allows it; `reason` says what needs them.
 
@@ -52,7 +59,9 @@ def is_target(tensor: object) -> bool:
 
 
 def _dim(target: Any) -> int:
-    return int(target.dim())
+    # Asked for every product: by way of `__torch_function__` it would cost more than the look itself.
+    with torch._C.DisableTorchFunctionSubclass():
+        return int(target.dim())
 
 
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:  # noqa: A002

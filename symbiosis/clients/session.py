@@ -5,23 +5,46 @@ Shape legend: T rows, I width of rows that go out, O width of rows that come bac
 
 from __future__ import annotations
 
+import itertools
 import math
 import secrets
 import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from symbiosis import __version__
 from symbiosis.clients.gate import EgressGate
+from symbiosis.clients.greeting import Greeting
+from symbiosis.clients.known_weights import KnownWeights
+from symbiosis.clients.local_copy import LocalCopy
 from symbiosis.clients.retry import Patience, RetryConfig
-from symbiosis.errors import FrameError, OverloadedError, ProtocolError, VersionError
+from symbiosis.clients.row_buckets import RowBuckets
+from symbiosis.clients.row_filling import Filled, filled_messages
+from symbiosis.clients.row_operands import Operands
+from symbiosis.errors import (
+    CertificateError,
+    ConfigurationError,
+    FrameError,
+    HostUnavailableError,
+    OverloadedError,
+    ProtocolError,
+    SymbiosisError,
+    VersionError,
+)
+from symbiosis.privacy.answer_checks import AnswerChecks
+from symbiosis.privacy.base_images import BaseImages
+from symbiosis.privacy.freivalds_float import FloatForm
 from symbiosis.privacy.mechanism import Group, Helper, Mechanism
 from symbiosis.privacy.modes import privacy_report
+from symbiosis.privacy.shapes import RowTotals
 from symbiosis.protocols.canonical import sha256_hex
 from symbiosis.protocols.codec import Reply, Request, encode_request
 from symbiosis.protocols.facts import Facts, facts_byte_count, facts_from_bytes
+from symbiosis.protocols.identity import utc_now
 from symbiosis.protocols.limits import MAX_HEADER_BYTES, MAX_MANIFEST_BYTES, MAX_MESSAGE_BYTES, PROTOCOL_VERSION
 from symbiosis.protocols.manifest import Manifest
 from symbiosis.protocols.messages import (
@@ -35,12 +58,37 @@ from symbiosis.protocols.messages import (
     Hello,
     Segment,
     Welcome,
+    rows_per_message,
     split_rows,
 )
+from symbiosis.protocols.quantisation import Numbers
 from symbiosis.protocols.transport import Transport
 
 _CONCEALED_BYTES = 4
 """What an element may become when it is hidden, at least (bytes): narrower rows are cut as if they were so wide."""
+
+
+_MOVE_AGAIN_S = 5.0
+"""When to try again to move to a new stream, after a host that did not answer (seconds)."""
+
+_MAKE_ROOM_S = 0.02
+"""How long a host may take at first to notice that the old stream is closed (seconds); each time twice as long."""
+
+
+class Way(Protocol):
+    """Where a session gets another transport to its host from."""
+
+    def open(self) -> Transport:
+        """A transport that shows the certificate as it is now."""
+        ...
+
+    def stale(self, transport: Transport) -> bool:
+        """Whether a transport shows a certificate that was renewed since. Cheap: asked before every message."""
+        ...
+
+    def renewed(self, transport: Transport) -> bool:
+        """As `stale`, after a renewal that is under way has ended."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +102,9 @@ class Traffic:
     received_bytes: int
     """Application bytes that came back."""
     rows: int
-    """Rows that left in calls."""
+    """Rows that left in calls, before a mechanism adds its own."""
+    added_rows: int = 0
+    """Of these, rows that were added to fill a bucket."""
 
 
 class Session:
@@ -69,8 +119,16 @@ class Session:
         helper: the second host, for mechanisms that use one.
         retry: how long to come back to a host that has no room.
         max_message_bytes: the longest payload that others who answer for the same rows take.
+        way: where to get another transport from, when the tenant's certificate was renewed or the host has gone; `None`
+            where there is no other.
+        local: the tenant's copy of the base, to check answers with.
+        verify: whether rounded answers are checked; a mode that works in integers checks its own.
+        row_buckets: what the number of rows of every message is rounded up to.
+        allow_operands: let rows leave that carry operands of the tenant's own (`row_operands`), under a mode that
+            would refuse them.
 
     Raises:
+        ConfigurationError: `verify`, and the weights to check with are not known.
         VersionError: the host speaks another protocol version.
         FrameError: the manifest is not the one that the greeting promised.
     """
@@ -85,29 +143,56 @@ class Session:
         helper: Helper | None = None,
         retry: RetryConfig | None = None,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
+        way: Way | None = None,
+        local: LocalCopy | None = None,
+        verify: bool = False,
+        row_buckets: RowBuckets | None = None,
+        allow_operands: bool = False,
     ) -> None:
         self._transport = transport
+        self._way = way
+        self._move_after_s = 0.0
+        self._received_before = 0  # over transports that were left
+        self._closed = False
         self._patience = Patience(retry)
         self._gate = gate
         self._mechanism = mechanism
         self._wire_dtype = wire_dtype
         self._lock = threading.RLock()
         self._number = 0
-        self._frames = self._sent_bytes = self._rows = 0
+        self._row_buckets = row_buckets
+        self._frames = self._sent_bytes = self._rows = self._added_rows = 0
+        self.operands = Operands(mechanism.name, mechanism.hides, allowed=allow_operands)
+        """What changed rows before they left."""
         self.max_message_bytes = max_message_bytes
         """The longest payload of a call or answer here (bytes)."""
         self.manifest: Manifest | None = None
         self.session_id = secrets.token_bytes(16)
         self._facts: dict[int, Facts] = {}
+        self.checks: AnswerChecks | None = None
+        """Of the answers in floating point, if they are checked."""
+        self._who = "host"
+        started_s = time.monotonic()
         welcome = self._greet()
+        self.greeting = Greeting(welcome=welcome, came_at=utc_now(), took_s=time.monotonic() - started_s)
+        """What the host said when the session was opened."""
         self.tenant = welcome.tenant
+        self._digest = welcome.manifest_digest
         self.manifest = self._fetch_manifest(welcome)
-        mechanism.begin(_Link(self, self.manifest, helper))
+        known = KnownWeights(self.manifest, fetch=self.fetch, facts=self.facts, local=local)
+        if verify and not mechanism.needs_integers:
+            self.checks = _answer_checks(self.manifest, known)
+        mechanism.begin(_Link(self, self.manifest, helper, known))
 
     @property
     def address(self) -> str:
         """Where the host is."""
         return self._transport.address
+
+    @property
+    def peer(self) -> str:
+        """Who answers: the digest of the host's public key, as `Transport.peer`."""
+        return self._transport.peer()
 
     @property
     def traffic(self) -> Traffic:
@@ -116,15 +201,19 @@ class Session:
             return Traffic(
                 frames=self._frames,
                 sent_bytes=self._sent_bytes,
-                received_bytes=self._transport.received_bytes,
+                received_bytes=self._received_before + self._transport.received_bytes,
                 rows=self._rows,
+                added_rows=self._added_rows,
             )
 
     @property
     def privacy(self) -> dict[str, Any]:
         """How rows are hidden, what that promises, and the mechanism's figures so far."""
         with self._lock:
-            return privacy_report(self._mechanism)
+            buckets = self._row_buckets.described if self._row_buckets is not None else None
+            rows = RowTotals(buckets=buckets, sent=self._rows, added=self._added_rows)
+            checks = {} if self.checks is None else {"checks": "base"}
+            return privacy_report(self._mechanism, rows=rows, solvable=self.operands.report) | checks
 
     def multiply(
         self,
@@ -154,11 +243,11 @@ class Session:
         if self._wire_dtype is not None and self._wire_dtype.itemsize < rows_TI.dtype.itemsize:
             sent_TI = sent_TI.to(self._wire_dtype)
         widest = math.ceil(widest * max(1, _CONCEALED_BYTES / sent_TI.element_size()))
-        pieces = split_rows(sent_TI, segments, widest=widest, max_bytes=self.max_message_bytes)
-        answers = [
-            self._hidden_call(piece.contiguous(), Group(layers=layers, direction=direction, segments=part))
-            for piece, part in pieces
-        ]
+        limit = rows_per_message(widest, sent_TI.element_size(), self.max_message_bytes)
+        answers = []
+        for filled in self._messages(sent_TI, segments, limit):
+            group = Group(layers=layers, direction=direction, segments=filled.segments)
+            answers.append(filled.own(self._hidden_call(filled.rows, group, added=filled.added)))
         answer_TO = answers[0] if len(answers) == 1 else torch.cat(answers)
         return answer_TO.to(device=home, dtype=rows_TI.dtype)
 
@@ -178,6 +267,7 @@ class Session:
 
     def close(self) -> None:
         """End the stream, and a wait for the host that is under way."""
+        self._closed = True
         self._patience.stop()
         self._mechanism.close()
         self._transport.close()
@@ -202,12 +292,19 @@ class Session:
             raise FrameError("the host's manifest is not the one that it announced", "Connect again")
         return Manifest.from_json(data)
 
-    def _hidden_call(self, rows_TI: torch.Tensor, group: Group) -> torch.Tensor:
+    def _messages(self, rows_TI: torch.Tensor, segments: tuple[Segment, ...], limit: int) -> Iterator[Filled]:
+        if self._row_buckets is not None:
+            return filled_messages(rows_TI, segments, self._row_buckets, limit=limit, fill=self._mechanism.fill)
+        pieces = split_rows(rows_TI, segments, limit=limit)
+        return (Filled(rows=piece.contiguous(), segments=part) for piece, part in pieces)
+
+    def _hidden_call(self, rows_TI: torch.Tensor, group: Group, *, added: int) -> torch.Tensor:
         with self._lock:
             concealed = self._mechanism.conceal(rows_TI, group)
             segments = group.segments if concealed.segments is None else concealed.segments
             answer_TO = self.calls(concealed.rows, replace(group, segments=segments))
             self._rows += rows_TI.shape[0]
+            self._added_rows += added
             return concealed.reveal(answer_TO)
 
     def calls(self, rows_TI: torch.Tensor, group: Group) -> torch.Tensor:
@@ -216,10 +313,25 @@ class Session:
         For mechanisms. Otherwise as `multiply`.
         """
         widest = max(rows_TI.shape[1], _require(self.manifest).widths(group.layers, group.direction)[1])
-        pieces = split_rows(rows_TI, group.segments, widest=widest, max_bytes=self.max_message_bytes)
+        limit = rows_per_message(widest, rows_TI.element_size(), self.max_message_bytes)
+        pieces = split_rows(rows_TI, group.segments, limit=limit)
         with self._lock:
+            if self.checks is not None:
+                self.checks.prepare(group)
             answers = [self.call(piece, replace(group, segments=part)) for piece, part in pieces]
-        return answers[0] if len(answers) == 1 else torch.cat(answers)
+            answer_TO = answers[0] if len(answers) == 1 else torch.cat(answers)
+            if self.checks is not None:
+                self.checks.judge(group, answer_TO, rows_TI, who=self._who)
+        return answer_TO
+
+    def check_with(self, checks: AnswerChecks, *, who: str) -> None:
+        """Check answers with checks that were made for another host of the same base.
+
+        Args:
+            checks: that one's.
+            who: answers here, for the error.
+        """
+        self.checks, self._who = checks, who
 
     def call(self, rows_TI: torch.Tensor, group: Group) -> torch.Tensor:
         """One message of rows that leave as they are; for mechanisms. Otherwise as `multiply`."""
@@ -291,6 +403,8 @@ class Session:
         on_device = isinstance(request, Call) and request.rows.device.type != "cpu"
         encoded = None if on_device else encode_request(request)
         with self._lock:
+            if not isinstance(request, Hello):
+                self._move_if_renewed()
             entered = self._gate.admit(request, encoded, self.manifest)
             deadline_s = self._patience.deadline_s()
             while True:
@@ -304,7 +418,78 @@ class Session:
                     if isinstance(request, Hello):  # a host that refuses a session ends its stream
                         raise
                     self._patience.wait(error, deadline_s)
-                    self._gate.admit_again(entered)
+                except HostUnavailableError as error:
+                    if isinstance(request, Hello):
+                        raise
+                    self._resume(error)
+                except CertificateError:  # it may have ended while its renewal was under way
+                    if isinstance(request, Hello) or self._way is None or not self._way.renewed(self._transport):
+                        raise
+                    self._move_if_renewed()
+                # A call is a pure function and the host keeps nothing of a session: the same bytes, the same answer.
+                self._gate.admit_again(entered)
+
+    def _resume(self, error: SymbiosisError) -> None:
+        """Look for a host that has gone, and greet it in the same session.
+
+        Raises:
+            HostUnavailableError: it did not come back in time, or there is no other way to it.
+            ProtocolError: what came back is another base, or knows this tenant by another name.
+            SymbiosisError: as `_greet`: who is refused is refused, and does not come again.
+        """
+        if self._way is None or self.manifest is None:
+            raise error
+        deadline_s = self._patience.reconnect_deadline_s()
+        for attempt in itertools.count():
+            self._patience.wait_for_host(attempt, error, deadline_s)
+            try:
+                self._leave(self._way.open())
+                self._check_same(self._greet())
+                return
+            except (HostUnavailableError, OverloadedError) as again:  # it has not noticed yet that the old stream ended
+                error = again
+
+    def _move_if_renewed(self) -> None:
+        """Between two messages, go on over a stream that shows the renewed certificate; the old one still works.
+
+        Raises:
+            SymbiosisError: as `_greet`, unless the host just does not answer: the old stream has to do for a while.
+        """
+        if self._way is None or time.monotonic() < self._move_after_s or not self._way.stale(self._transport):
+            return
+        old, deadline_s, pause_s = self._transport, self._patience.deadline_s(), _MAKE_ROOM_S
+        while True:
+            self._transport = self._way.open()
+            try:
+                welcome = self._greet()
+                break
+            except OverloadedError as error:
+                # As many sessions as this tenant may have: the old one makes room for the new one, and soon.
+                old.close()
+                error.retry_after_s, pause_s = pause_s, 2 * pause_s
+                self._patience.wait(error, deadline_s)
+            except HostUnavailableError:
+                self._transport.close()
+                self._transport, self._move_after_s = old, time.monotonic() + _MOVE_AGAIN_S
+                return
+            except BaseException:
+                old.close()
+                raise
+        new, self._transport = self._transport, old
+        self._leave(new)
+        self._check_same(welcome)
+
+    def _leave(self, new: Transport) -> None:
+        """Close the transport and go on over another one."""
+        self._transport.close()
+        self._received_before += self._transport.received_bytes
+        self._transport = new
+        if self._closed:  # meanwhile, from another thread
+            new.close()
+
+    def _check_same(self, welcome: Welcome) -> None:
+        if (welcome.tenant, welcome.manifest_digest) != (self.tenant, self._digest):
+            raise ProtocolError("the host serves another base now, or another tenant", "Connect again")
 
     def _next_number(self) -> int:
         self._number += 1
@@ -314,8 +499,9 @@ class Session:
 class _Link:
     """What a mechanism is given of its session."""
 
-    def __init__(self, session: Session, manifest: Manifest, helper: Helper | None) -> None:
+    def __init__(self, session: Session, manifest: Manifest, helper: Helper | None, known: KnownWeights) -> None:
         self._session = session
+        self.weight: Callable[[int], Numbers] | None = known.weight if known.are_known else None
         self.manifest = manifest
         self.session_id = session.session_id
         self.helper = helper
@@ -325,6 +511,15 @@ class _Link:
 
     def multiply(self, rows_TI: torch.Tensor, group: Group) -> torch.Tensor:
         return self._session.calls(rows_TI, group)
+
+
+def _answer_checks(manifest: Manifest, known: KnownWeights) -> AnswerChecks:
+    if not known.are_known:
+        raise ConfigurationError(
+            "the host does not publish the weights that its answers would be verified with, and there is no copy here",
+            "Give the directory of your own copy of the base, ask the operator for `--publish all`, or do not verify",
+        )
+    return AnswerChecks(manifest, BaseImages(manifest, known.weight, FloatForm()))
 
 
 def _require(manifest: Manifest | None) -> Manifest:

@@ -83,9 +83,11 @@ class Multiplier:
             Shape `(..., O)`, of `dtype`, on the device of `rows`.
 
         Raises:
+            PrivacyError: the rows carry an operand of the tenant's own, which the mode refuses.
             SymbiosisError: as the session says.
         """
         layer = self.manifest.position(name)
+        self.session.operands.look(rows, name)
         version = _version(rows)
         if direction is Direction.BACKWARD or version is None:  # rules 1 and 4
             return self._products(rows.to(dtype), (layer,), direction)[0]
@@ -114,6 +116,7 @@ class Multiplier:
             Shape `(..., O)`, of `dtype`, on the device of `rows`.
         """
         layer = self.manifest.position(name)
+        self.session.operands.look(rows, name)
         matrices = self.manifest.layers[layer].matrices
         if self._experts is Experts.CALLED or not segments or matrices is None:
             return self._products(rows.to(dtype), (layer,), direction, segments)[0]

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from symbiosis.clients.row_custody import asked_by
+from symbiosis.clients.row_operands import BY_DIVISION, BY_REGRESSION
 from symbiosis.clients.row_products import RowTarget
 from symbiosis.errors import RemoteWeightError
 from symbiosis.protocols.messages import Segment
@@ -45,6 +46,14 @@ class Node(ABC):
     def with_locals(self, change: Change) -> Node:
         """The same with every local operand changed."""
 
+    @abstractmethod
+    def rows_carry(self, how: str) -> None:
+        """Tell the hosted weights that a local operand has changed their rows; see `RowTarget`."""
+
+    def changes_answers(self, *, transposed: bool) -> str | None:
+        """How what multiplies answers, and so gradients on their way back, could be solved for; `None` for nothing."""
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class Hosted(Node):
@@ -70,6 +79,10 @@ class Hosted(Node):
         """See `Node`."""
         return self
 
+    def rows_carry(self, how: str) -> None:
+        """See `Node`."""
+        self.weight.rows_carry(how)
+
 
 @dataclass(frozen=True, slots=True)
 class Flipped(Node):
@@ -92,6 +105,14 @@ class Flipped(Node):
     def with_locals(self, change: Change) -> Node:
         """See `Node`."""
         return Flipped(self.inner.with_locals(change))
+
+    def rows_carry(self, how: str) -> None:
+        """See `Node`."""
+        self.inner.rows_carry(how)
+
+    def changes_answers(self, *, transposed: bool) -> str | None:
+        """See `Node`."""
+        return self.inner.changes_answers(transposed=not transposed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +145,14 @@ class Plus(Node):
         """See `Node`."""
         return Plus(self.inner.with_locals(change), change(self.local))
 
+    def rows_carry(self, how: str) -> None:
+        """See `Node`."""
+        self.inner.rows_carry(how)
+
+    def changes_answers(self, *, transposed: bool) -> str | None:
+        """See `Node`."""
+        return self.inner.changes_answers(transposed=transposed)
+
 
 @dataclass(frozen=True, slots=True)
 class Sum(Node):
@@ -133,7 +162,11 @@ class Sum(Node):
     second: Node
 
     def times(self, rows: torch.Tensor, *, transposed: bool) -> torch.Tensor:
-        """See `Node`."""
+        """See `Node`. Of gradients, those of one weight leave beside those of the other."""
+        for side in (self.first, self.second) if rows.requires_grad and torch.is_grad_enabled() else ():
+            how = side.changes_answers(transposed=transposed)
+            if how is not None:
+                side.rows_carry(how)
         return self.first.times(rows, transposed=transposed) + self.second.times(rows, transposed=transposed)
 
     def numbers(self, reason: object) -> torch.Tensor:
@@ -143,6 +176,11 @@ class Sum(Node):
     def with_locals(self, change: Change) -> Node:
         """See `Node`."""
         return Sum(self.first.with_locals(change), self.second.with_locals(change))
+
+    def rows_carry(self, how: str) -> None:
+        """See `Node`."""
+        self.first.rows_carry(how)
+        self.second.rows_carry(how)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +209,15 @@ class Scaled(Node):
         factor = change(self.factor) if isinstance(self.factor, torch.Tensor) else self.factor
         return Scaled(self.inner.with_locals(change), factor)
 
+    def rows_carry(self, how: str) -> None:
+        """See `Node`."""
+        self.inner.rows_carry(how)
+
+    def changes_answers(self, *, transposed: bool) -> str | None:
+        """See `Node`."""
+        own = BY_DIVISION if isinstance(self.factor, torch.Tensor) else None
+        return own or self.inner.changes_answers(transposed=transposed)
+
 
 @dataclass(frozen=True, slots=True)
 class Columns(Node):
@@ -183,6 +230,7 @@ class Columns(Node):
         """See `Node`."""
         factors = self.factors.to(rows.dtype)
         if transposed:
+            self.inner.rows_carry(BY_DIVISION)
             return self.inner.times(rows * factors, transposed=True)
         return self.inner.times(rows, transposed=False) * factors
 
@@ -193,6 +241,14 @@ class Columns(Node):
     def with_locals(self, change: Change) -> Node:
         """See `Node`."""
         return Columns(self.inner.with_locals(change), change(self.factors))
+
+    def rows_carry(self, how: str) -> None:
+        """See `Node`."""
+        self.inner.rows_carry(how)
+
+    def changes_answers(self, *, transposed: bool) -> str | None:
+        """See `Node`."""
+        return self.inner.changes_answers(transposed=True) if transposed else BY_DIVISION
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +261,7 @@ class Before(Node):
     def times(self, rows: torch.Tensor, *, transposed: bool) -> torch.Tensor:
         """See `Node`."""
         if transposed:
+            self.inner.rows_carry(BY_REGRESSION)
             return self.inner.times(_product(rows, self.local, transposed=True), transposed=True)
         return _product(self.inner.times(rows, transposed=False), self.local, transposed=False)
 
@@ -216,6 +273,14 @@ class Before(Node):
     def with_locals(self, change: Change) -> Node:
         """See `Node`."""
         return Before(self.inner.with_locals(change), change(self.local))
+
+    def rows_carry(self, how: str) -> None:
+        """See `Node`."""
+        self.inner.rows_carry(how)
+
+    def changes_answers(self, *, transposed: bool) -> str | None:
+        """See `Node`."""
+        return self.inner.changes_answers(transposed=True) if transposed else BY_REGRESSION
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +328,10 @@ class Cut(Node):
         """See `Node`."""
         return Cut(self.inner.with_locals(change), self.sizes, self.width)
 
+    def rows_carry(self, how: str) -> None:
+        """See `Node`."""
+        self.inner.rows_carry(how)
+
 
 @dataclass(frozen=True, slots=True)
 class Matrix(Node):
@@ -286,6 +355,10 @@ class Matrix(Node):
         """See `Node`."""
         return Matrix(self.stack.with_locals(change), self.index)
 
+    def rows_carry(self, how: str) -> None:
+        """See `Node`."""
+        self.stack.rows_carry(how)
+
 
 class Spent(Node):
     """What an expression says after it was changed in place: nothing, for its new value has another object."""
@@ -299,6 +372,10 @@ class Spent(Node):
         raise changed_in_place()
 
     def with_locals(self, change: Change) -> Node:
+        """See `Node`."""
+        raise changed_in_place()
+
+    def rows_carry(self, how: str) -> None:
         """See `Node`."""
         raise changed_in_place()
 

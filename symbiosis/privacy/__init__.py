@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from symbiosis.privacy.mixing import Mixing, MixingConfig
     from symbiosis.privacy.pad import Pad, PadConfig
     from symbiosis.privacy.transcript import RecordedFrame, Transcript, read_transcript
+    from symbiosis.protocols.transcript import Recording
 
 __all__ = [
     "Additive",
@@ -30,6 +31,7 @@ __all__ = [
     "PadConfig",
     "Plaintext",
     "RecordedFrame",
+    "Recording",
     "Transcript",
     "read_transcript",
 ]
@@ -46,6 +48,7 @@ _HOMES = {
     "PadConfig": "symbiosis.privacy.pad",
     "Plaintext": "symbiosis.privacy.mechanism",
     "RecordedFrame": "symbiosis.privacy.transcript",
+    "Recording": "symbiosis.protocols.transcript",
     "Transcript": "symbiosis.privacy.transcript",
     "read_transcript": "symbiosis.privacy.transcript",
 }

@@ -29,8 +29,8 @@ from typing import Any, TypeVar
 import torch
 
 from symbiosis.errors import ConfigurationError
-from symbiosis.privacy.mechanism import Concealed, Group, Link
-from symbiosis.privacy.randomness import normal
+from symbiosis.privacy.mechanism import Concealed, Group, Hides, Link
+from symbiosis.privacy.randomness import normal, rows_alike
 from symbiosis.protocols.messages import Direction, Segment, dtype_name
 
 _Value = TypeVar("_Value")
@@ -95,6 +95,7 @@ class Additive:
 
     name = "additive"
     needs_integers = False
+    hides = Hides.PARTLY
 
     def __init__(self, config: AdditiveConfig | None = None) -> None:
         self.config = config or AdditiveConfig()
@@ -147,6 +148,10 @@ class Additive:
             return (answer_TO.double() - effect_TO.double()).to(dtype)
 
         return Concealed(rows=(rows_TI.double() + noise_TI.double()).to(travels), reveal=reveal)
+
+    def fill(self, rows_TI: torch.Tensor, count: int) -> torch.Tensor:
+        """Random rows: zeros would leave as the noise itself, which another message may have again."""
+        return rows_alike(rows_TI, count)
 
     def report(self) -> dict[str, Any]:
         """The policy, and how often it drew."""

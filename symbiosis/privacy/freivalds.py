@@ -1,4 +1,4 @@
-"""Freivalds' checks: whether rows were multiplied by the weight, at the price of one row of it.
+"""Freivalds' checks in the field: whether rows were multiplied by the weight, at the price of one row of it.
 
 For `y = x Wᵀ` and a secret `s`, `y . s` must be `x . v` with `v = Wᵀ s`, which is computed once. In a field of `P`
 elements a wrong answer passes with probability `1 / P` for each secret, however it was chosen, as long as nothing tells
@@ -12,7 +12,6 @@ Shape legend: T rows, O and I widths, K secrets, E matrices of a stack (1 for a 
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,7 +68,7 @@ def field_check(secrets_KO: torch.Tensor, images_EKI: torch.Tensor) -> FieldChec
 
     Args:
         secrets_KO: uint32, one secret to a row.
-        images_EKI: uint32, for each matrix the product of every secret with it.
+        images_EKI: uint32 or int64, for each matrix the product of every secret with it.
     """
     return FieldCheck(secret=halved(secrets_KO), images=tuple(halved(each) for each in images_EKI))
 
@@ -99,45 +98,25 @@ def _halves(rows_Tn: torch.Tensor) -> torch.Tensor:
     return torch.stack([wide_Tn & (_HALF - 1), (wide_Tn >> 16) & (_HALF - 1)], dim=2).flatten(1).to(torch.float64)
 
 
-# --- the form for floating point, where answers are rounded
+class FieldForm:
+    """The field's side of `BaseImages`. Weights are whole numbers of at most 15 bits, so that sums stay below 2^53."""
 
+    scaled = False
 
-def draw_signs(width: int, repetitions: int = 20) -> torch.Tensor:
-    """Fresh secrets for `check_float`: +1 and -1, float64 `(width, K)`."""
-    bits = torch.frombuffer(bytearray(secrets.token_bytes(width * repetitions)), dtype=torch.uint8)
-    return (bits.reshape(width, repetitions) & 1).to(torch.float64) * 2 - 1
+    def draw(self, width: int) -> torch.Tensor:
+        """See `Form.draw`."""
+        return draw_secrets(width)
 
+    def factors(self, secrets_Kn: torch.Tensor) -> torch.Tensor:
+        """The halves of secrets, the low ones first: float64 `(2K, n)`."""
+        wide_Kn = secrets_Kn.to(torch.int64)
+        return torch.cat([wide_Kn % _HALF, wide_Kn // _HALF]).to(torch.float64)
 
-def check_float(
-    answer_TO: torch.Tensor,
-    rows_TI: torch.Tensor,
-    signs_OK: torch.Tensor,
-    images_IK: torch.Tensor,
-    *,
-    relative_error: float,
-    false_alarms: float = 1e-9,
-) -> torch.Tensor:
-    """Which rows of a rounded answer may be the product of `rows_TI`.
+    def images(self, sums_EFn: torch.Tensor) -> torch.Tensor:
+        """Field elements from the products of both halves: int64 `(E, K, n)`."""
+        low_EKn, high_EKn = (sums_EFn.to(torch.int64) % P).chunk(2, dim=1)
+        return (low_EKn + high_EKn * _HALF) % P
 
-    For signs that are independent of an error `e`, `P(|s . e| > t ||e||) <= 2 exp(-t² / 2)` (Hoeffding), so an honest
-    row whose error is within `relative_error` of the answer's norm is refused with probability at most `false_alarms`,
-    all `K` secrets together. A row whose error is twice the threshold is missed by one secret with probability at most
-    13/16 (Paley-Zygmund), by twenty with 0.016, and mostly far less; smaller errors may pass.
-
-    Args:
-        answer_TO: what came back, any floating dtype.
-        rows_TI: what was sent.
-        signs_OK: as `draw_signs` gives them; never sent.
-        images_IK: `Wᵀ s`, computed in float64 from weights that are known.
-        relative_error: norm of an honest row's error over that of the row.
-        false_alarms: how often an honest row may be refused.
-
-    Returns:
-        For each row whether it passes, bool `(T)`.
-    """
-    wide_TO = answer_TO.to(torch.float64)
-    residual_TK = (wide_TO @ signs_OK - rows_TI.to(torch.float64) @ images_IK).abs()
-    deviations = math.sqrt(2 * math.log(2 * signs_OK.shape[1] / false_alarms))
-    threshold_T1 = deviations * relative_error * torch.linalg.vector_norm(wide_TO, dim=1, keepdim=True)
-    passes_T: torch.Tensor = (residual_TK <= threshold_T1).all(dim=1)
-    return passes_T
+    def added(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        """See `Form.added`."""
+        return torch.stack(list(images)).sum(dim=0) % P

@@ -13,7 +13,7 @@ import torch
 
 from symbiosis.errors import ConfigurationError, PrivacyError
 from symbiosis.privacy.accounting import Accountant, Relation, Unit, noise_multiplier_for
-from symbiosis.privacy.mechanism import Concealed, Group, Link, as_it_is
+from symbiosis.privacy.mechanism import Concealed, Group, Hides, Link, as_it_is
 from symbiosis.privacy.randomness import normal
 from symbiosis.protocols.messages import Direction
 
@@ -86,6 +86,7 @@ class Gaussian:
 
     name = "gaussian"
     needs_helper = needs_integers = False
+    hides = Hides.PARTLY
 
     def __init__(self, config: GaussianConfig | None = None) -> None:
         self.config = config or GaussianConfig()
@@ -118,6 +119,13 @@ class Gaussian:
             noise_TI = normal(*rows_TI.shape).mul_(self.noise_multiplier * threshold)
             clipped_TI = clipped_TI + noise_TI.to(rows_TI.device)
         return Concealed(rows=clipped_TI.to(rows_TI.dtype), reveal=as_it_is)
+
+    def fill(self, rows_TI: torch.Tensor, count: int) -> torch.Tensor:
+        """Zeros, under noise like all: a row made from the others would be one more release of theirs.
+
+        A zero is a neighbour of every clipped row, so which rows were added is hidden as far as epsilon goes.
+        """
+        return rows_TI.new_zeros((count, rows_TI.shape[1]))
 
     def threshold(self, direction: Direction) -> float:
         """The norm that rows of a direction are clipped to."""

@@ -6,7 +6,10 @@
 3. After a failed write the ledger refuses everything: nobody knows what is in the file.
 4. One writer at a time, held by a lock on the file: two would fork the chain.
 
-Entries reach the disk itself when the ledger is closed: a power cut, unlike a crash, can take the newest with it.
+5. With a signer, what is in the ledger is signed every `SIGNED_EVERY` entries and when it is closed (`ledger_heads`).
+
+Entries reach the disk itself when a head is signed and when the ledger is closed: a power cut, unlike a crash, can take
+the newest with it.
 """
 
 from __future__ import annotations
@@ -33,7 +36,10 @@ from symbiosis.privacy.ledger_entry import (
     seal,
 )
 from symbiosis.privacy.ledger_file import open_locked, read_tail, set_aside, sync, unlock
+from symbiosis.privacy.ledger_heads import SignedHead, append_head, leaves_of, sign_head
 from symbiosis.privacy.ledger_verify import KindTotals, VerifiedLedger, iterate, verify
+from symbiosis.privacy.merkle import Frontier, leaf_hash
+from symbiosis.privacy.signing import Signer
 from symbiosis.protocols.canonical import sha256_hex
 
 __all__ = [
@@ -46,6 +52,9 @@ __all__ = [
     "iterate",
     "verify",
 ]
+
+SIGNED_EVERY = 4096
+"""Entries after which a ledger with a signer signs itself."""
 
 _STOPPED = "Sending stops; see to the file, then open the ledger again"
 
@@ -69,11 +78,27 @@ class Ledger:
     Use `Ledger.open`; the object is a context manager that closes it.
     """
 
-    def __init__(self, path: Path, descriptor: int, head: LedgerHead, clock: Callable[[], datetime]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        descriptor: int,
+        head: LedgerHead,
+        clock: Callable[[], datetime],
+        *,
+        tenant: str,
+        ledger: str,
+        signer: Signer | None,
+    ) -> None:
         self._path = path
         self._descriptor = descriptor
         self._head = head
         self._clock = clock
+        self._tenant = tenant
+        self._id = ledger
+        self._signer = signer
+        # Of a ledger that is continued, made from the file when it is first needed.
+        self._tree: Frontier | None = Frontier() if head == BEFORE_FIRST else None
+        self._signed = head.sequence + 1  # entries up to which nothing needs signing
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._entries = 0
@@ -81,12 +106,20 @@ class Ledger:
         self._refusal = ""  # why nothing can be appended any more
 
     @classmethod
-    def open(cls, path: Path | str, *, tenant: str, clock: Callable[[], datetime] | None = None) -> Self:
+    def open(
+        cls,
+        path: Path | str,
+        *,
+        tenant: str,
+        signer: Signer | None = None,
+        clock: Callable[[], datetime] | None = None,
+    ) -> Self:
         """Create a ledger, or continue one after reading its first line and its end.
 
         Args:
             path: the file; its directory exists.
             tenant: whose ledger it is.
+            signer: the tenant's key, which signs heads beside the file; without one there are none.
             clock: returns the time, aware; the system's by default.
 
         Raises:
@@ -95,22 +128,25 @@ class Ledger:
         path = Path(path)
         descriptor = open_locked(path)
         try:
-            return cls._continue(path, descriptor, tenant, clock or _utc_now)
+            return cls._continue(path, descriptor, tenant, signer, clock or _utc_now)
         except BaseException:
             os.close(descriptor)
             raise
 
     @classmethod
-    def _continue(cls, path: Path, descriptor: int, tenant: str, clock: Callable[[], datetime]) -> Self:
+    def _continue(
+        cls, path: Path, descriptor: int, tenant: str, signer: Signer | None, clock: Callable[[], datetime]
+    ) -> Self:
         tail = read_tail(descriptor, path)
         if tail.tenant not in (None, tenant):
             message = f"the ledger {path} is that of the tenant {tail.tenant!r}"
             raise LedgerError(message, f"Keep another file for {tenant!r}")
         if tail.torn:
             set_aside(descriptor, path, tail)
-        ledger = cls(path, descriptor, tail.head, clock)
+        name = tail.ledger or secrets.token_hex(16)
+        ledger = cls(path, descriptor, tail.head, clock, tenant=tenant, ledger=name, signer=signer)
         if tail.head == BEFORE_FIRST:
-            header: dict[str, Scalar] = {"format": FORMAT, "tenant": tenant, "ledger": secrets.token_hex(16)}
+            header: dict[str, Scalar] = {"format": FORMAT, "tenant": tenant, "ledger": name}
             ledger._write(_fields(kind=OPEN, detail=header))
             sync(descriptor, path, new=True)
         if tail.torn:
@@ -171,7 +207,21 @@ class Ledger:
             entry = self._write(fields)
             self._entries += 1
             self._bytes += bytes
+            if self._signer is not None and entry.sequence + 1 >= self._signed + SIGNED_EVERY:
+                self._sign()
             return entry
+
+    def sign_head(self) -> SignedHead:
+        """Sign what is in the ledger now, bring it to the disk, and write the head beside it.
+
+        Raises:
+            LedgerError: the ledger has no signer or is closed, or the disk did not take it.
+        """
+        self._check_process()
+        with self._lock:
+            if self._descriptor < 0:
+                raise LedgerError(f"the ledger {self._path} is closed", "Open it again")
+            return self._sign()
 
     @property
     def path(self) -> Path:
@@ -202,8 +252,12 @@ class Ledger:
             descriptor, self._descriptor = self._descriptor, -1
             self._refusal = self._refusal or "is closed"
             try:
+                if self._signer is not None and self._process == os.getpid() and self._head.sequence >= self._signed:
+                    self._descriptor = descriptor
+                    self._sign()
                 sync(descriptor, self._path)
             finally:
+                self._descriptor = -1
                 unlock(descriptor, mine=self._process == os.getpid())
 
     def __enter__(self) -> Self:
@@ -237,8 +291,22 @@ class Ledger:
             self._refusal = f"took {written} of a line's {len(line)} bytes"
             raise LedgerError(f"the ledger {self._path} {self._refusal}", _STOPPED)
         self._head = LedgerHead(sequence=entry.sequence, hash=entry.hash)
+        if self._tree is not None:
+            self._tree.add(leaf_hash(line[:-1]))
         self._refusal = ""
         return entry
+
+    def _sign(self) -> SignedHead:
+        if self._signer is None:
+            raise LedgerError(f"the ledger {self._path} has no signer", "Open it with the tenant's key")
+        sync(self._descriptor, self._path)
+        if self._tree is None:
+            self._tree = Frontier(leaves_of(self._path))
+        moment = self._clock().astimezone(UTC).isoformat(timespec="microseconds")
+        head = sign_head(self._signer, self._tree, ledger=self._id, tenant=self._tenant, time=moment)
+        append_head(self._path, head)
+        self._signed = head.size
+        return head
 
 
 def _fields(**known: Any) -> dict[str, Any]:

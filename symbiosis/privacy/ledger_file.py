@@ -31,12 +31,14 @@ class Tail:
 
     Attributes:
         tenant: by the first entry; None where there is no entry.
+        ledger: the ledger's id, likewise.
         head: the newest whole entry.
         torn: the bytes after it, of a line that was never finished.
         size: of the file without them.
     """
 
     tenant: str | None
+    ledger: str | None
     head: LedgerHead
     torn: bytes
     size: int
@@ -96,14 +98,15 @@ def read_tail(descriptor: int, path: Path) -> Tail:
     try:
         _check_torn(torn, is_all=len(torn) == size)
         if not lines and start == 0:
-            return Tail(tenant=None, head=BEFORE_FIRST, torn=torn, size=0)
+            return Tail(tenant=None, ledger=None, head=BEFORE_FIRST, torn=torn, size=0)
         header = parse_line(first[0])
         check_follows(header, BEFORE_FIRST)
         head = _check_chain([parse_line(line) for line in whole], from_start=start == 0)
     except LedgerError as error:
         message = f"the ledger {path} cannot be continued: an entry {error.message}"
         raise LedgerError(message, "Verify it with `symbiosis audit verify`, then go on in a new file") from error
-    return Tail(tenant=str(header.detail["tenant"]), head=head, torn=torn, size=size - len(torn))
+    names = {name: str(header.detail[name]) for name in ("tenant", "ledger")}
+    return Tail(**names, head=head, torn=torn, size=size - len(torn))
 
 
 def set_aside(descriptor: int, path: Path, tail: Tail) -> None:

@@ -10,13 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Protocol
 
 import torch
 
+from symbiosis.privacy.randomness import rows_alike
 from symbiosis.protocols.facts import Facts
 from symbiosis.protocols.manifest import Manifest
 from symbiosis.protocols.messages import Direction, Segment
+from symbiosis.protocols.quantisation import Numbers
+
+
+class Hides(Enum):
+    """How much a mode hides of the rows that leave, from a host that does with them what it can."""
+
+    NOTHING = "nothing"
+    PARTLY = "partly"
+    """Less than everything: enough rows, or rows used again, still tell what was done to all of them."""
+    ALL = "all"
+    """What leaves does not depend on the rows, whose shapes alone are seen."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +78,9 @@ class Link(Protocol):
     """16 bytes, fresh and random for every session."""
     helper: Helper | None
     """The second host, if the tenant named one."""
+    weight: Callable[[int], Numbers] | None
+    """The numbers of the hosted weight at a position of the manifest, checked against it, read anew each time; `None`
+    where the host does not publish them and the tenant has no copy."""
 
     def facts(self, layer: int) -> Facts:
         """Norms and scales of the hosted weight at a position of the manifest; fetched once, then kept."""
@@ -85,7 +101,9 @@ class Mechanism(Protocol):
     needs_helper: bool
     """Whether it cannot work without a second host."""
     needs_integers: bool
-    """Whether it works with int8 weights alone."""
+    """Whether it works with integer weights alone. Such a mode checks answers itself."""
+    hides: Hides
+    """How much of the rows; what a report warns of, and what is refused, goes by it."""
 
     def begin(self, link: Link) -> None:
         """A session was opened.
@@ -101,6 +119,18 @@ class Mechanism(Protocol):
         Args:
             rows_TI: what the tenant computed, floating point, contiguous, at least one row.
             group: what they are multiplied by.
+        """
+        ...
+
+    def fill(self, rows_TI: torch.Tensor, count: int) -> torch.Tensor:
+        """Rows that may be put among others for the sake of their number, as hard to tell from them as can be here.
+
+        Args:
+            rows_TI: the others.
+            count: how many are wanted.
+
+        Returns:
+            `(count, I)`, of their dtype and on their device. They are concealed like all; answers to them are dropped.
         """
         ...
 
@@ -124,6 +154,7 @@ class Plaintext:
     name = "plaintext"
     promise = "none: the host reads every row, and can infer text, labels and adapter from them"
     needs_helper = needs_integers = False
+    hides = Hides.NOTHING
 
     def begin(self, link: Link) -> None:
         """Nothing to prepare."""
@@ -131,6 +162,10 @@ class Plaintext:
     def conceal(self, rows_TI: torch.Tensor, group: Group) -> Concealed:
         """The rows as they are."""
         return Concealed(rows=rows_TI, reveal=as_it_is)
+
+    def fill(self, rows_TI: torch.Tensor, count: int) -> torch.Tensor:
+        """Random rows. A host that looks at their numbers knows them, as it would know zeros or copies."""
+        return rows_alike(rows_TI, count)
 
     def report(self) -> dict[str, Any]:
         """Nothing to count."""

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from symbiosis.errors import ConfigurationError, PrivacyError
-from symbiosis.privacy.mechanism import Concealed, Group, Link
-from symbiosis.privacy.randomness import normal
+from symbiosis.privacy.mechanism import Concealed, Group, Hides, Link
+from symbiosis.privacy.randomness import normal, rows_alike
 from symbiosis.protocols.messages import Segment
 
 _DRAWS = 32
@@ -64,6 +64,7 @@ class Mixing:
 
     name = "mixing"
     needs_helper = needs_integers = False
+    hides = Hides.PARTLY
     promise = (
         "weak: the host sees combinations, whose span tells which rows are possible while they and the shields are "
         "fewer than the width; one row alone is only scaled"
@@ -104,6 +105,10 @@ class Mixing:
 
         return Concealed(rows=torch.cat(mixed), reveal=reveal, segments=tuple(segments) if group.segments else None)
 
+    def fill(self, rows_TI: torch.Tensor, count: int) -> torch.Tensor:
+        """Random rows: zeros would leave the rank of the combinations at the number of true rows."""
+        return rows_alike(rows_TI, count)
+
     def report(self) -> dict[str, Any]:
         """How many rows there were to hide among."""
         return {
@@ -120,14 +125,12 @@ class Mixing:
 
     def _mix(self, rows_TI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Combinations `(N, I)` of rows and shields, and what takes the answers to them back: `(T, N)`."""
-        count, width = rows_TI.shape
+        count = rows_TI.shape[0]
         total = count + self.config.shields
         matrix_NN, inverse_NN = self._draw(total)
         matrix_NN, back_TN = matrix_NN.to(rows_TI.device), inverse_NN[:count].to(rows_TI.device)
         if self.config.shields:
-            size = float(rows_TI.square().mean().sqrt()) or 1.0
-            shields_SI = normal(self.config.shields, width).mul_(size).to(rows_TI.device)
-            rows_TI = torch.cat([rows_TI, shields_SI])
+            rows_TI = torch.cat([rows_TI, rows_alike(rows_TI, self.config.shields)])
         self._alone += total == 1
         self._largest = max(self._largest, total)
         return matrix_NN @ rows_TI, back_TN

@@ -1,7 +1,7 @@
 """`pad`: every message under a one-time pad, in a field, forward and backward.
 
 A row becomes integers `u` (`pad_numbers`); a fresh pad `r`, uniform in the field, is added; the host multiplies `u + r`
-by the integers of its int8 weights. A second host, the helper, multiplied `r`, which it drew from a key that the tenant
+by the integers of its weights. A second host, the helper, multiplied `r`, which it drew from a key that the tenant
 gave it; the difference of the two answers is `u W`, to the integer. Each of the two sees field elements that are
 independent of the rows; both together see the rows. docs/pad.md says what is proved, and under which assumptions.
 
@@ -23,13 +23,15 @@ from typing import Any
 import torch
 
 from symbiosis.errors import ConfigurationError, IntegrityError
-from symbiosis.privacy.mechanism import Concealed, Group, Link
+from symbiosis.privacy.base_images import BaseImages
+from symbiosis.privacy.freivalds import FieldForm
+from symbiosis.privacy.mechanism import Concealed, Group, Hides, Link
 from symbiosis.privacy.pad_checks import Checks
-from symbiosis.privacy.pad_numbers import Scaling, check_width, scaling_of, to_integers, to_numbers
+from symbiosis.privacy.pad_numbers import Scaling, check_room, scaling_of, to_integers, to_numbers
 from symbiosis.privacy.pad_source import DrawnPad, PadSource
 from symbiosis.privacy.pad_store import PadStatistics, PadStore
 from symbiosis.protocols import field
-from symbiosis.protocols.manifest import Manifest, Storage
+from symbiosis.protocols.manifest import Manifest
 from symbiosis.protocols.messages import check_rows
 
 
@@ -41,6 +43,9 @@ class PadConfig:
     """Memory for pads that are fetched ahead of need (bytes); 0 fetches each when it is needed."""
     verify: bool = True
     """Whether the answers of host and helper are checked (Freivalds, error at most 2^-63)."""
+    read_weights: bool = True
+    """Whether checks are made from the weights where they are known: each is read once in a session, and fetched where
+    the host publishes it and the tenant has no copy. Otherwise, and where they are not known, by calls under pads."""
 
     def __post_init__(self) -> None:
         if self.ahead_bytes < 0:
@@ -60,16 +65,20 @@ class Pad:
         "unless host and helper collude (computational: ChaCha20)"
     )
     needs_helper = needs_integers = True
+    hides = Hides.ALL
 
     def __init__(self, config: PadConfig | None = None) -> None:
         self.config = config or PadConfig()
         self._opened: _Opened | None = None
+        self._checks = "consistency" if self.config.verify else "none"
 
     def begin(self, link: Link) -> None:
         """See `Mechanism.begin`."""
         if self._opened is not None:
             raise ConfigurationError("this mechanism serves a session already", "Make one for each session")
         self._opened = _Opened(link, self.config)
+        if self.config.verify and self.config.read_weights and link.weight is not None:
+            self._checks = "base"
 
     def conceal(self, rows_TI: torch.Tensor, group: Group) -> Concealed:
         """See `Mechanism.conceal`. The rows that leave are uint32, on the CPU.
@@ -81,10 +90,17 @@ class Pad:
         """
         return self._serving().conceal(rows_TI, group)
 
+    def fill(self, rows_TI: torch.Tensor, count: int) -> torch.Tensor:
+        """Zeros, under a pad like all (rule 2)."""
+        return rows_TI.new_zeros((count, rows_TI.shape[1]))
+
     def report(self) -> dict[str, Any]:
-        """How well pads were fetched ahead, and what checks prove: that each answer is a product with one matrix."""
+        """How well pads were fetched ahead, and what checks prove.
+
+        `consistency`: that the answers of a group are products with one matrix; `base`: with the base's own.
+        """
         counted = asdict(self._opened.statistics) if self._opened is not None else {}
-        return {"checks": "consistency" if self.config.verify else "none"} | counted
+        return {"checks": self._checks} | counted
 
     def close(self) -> None:
         """See `Mechanism.close`. Secret, pads and checks are let go of."""
@@ -114,21 +130,23 @@ class _Opened:
     def __init__(self, link: Link, config: PadConfig) -> None:
         if link.helper is None:
             raise ConfigurationError("the privacy mode 'pad' needs a second host", 'Give helper="host:port"')
-        _check_exact(link.manifest)
+        self._largest = _largest_integer(link.manifest)
         self._link = link
         self._source = PadSource(link.helper, link.manifest, session=link.session_id)
-        self._checks = Checks(link.manifest, self._multiply) if config.verify else None
+        known = BaseImages(link.manifest, link.weight, FieldForm()) if link.weight and config.read_weights else None
+        self._checks = Checks(link.manifest, self._multiply, known) if config.verify else None
         self.store = PadStore(self._fetch, self._source.byte_count, ahead_bytes=config.ahead_bytes)
         self._scalings: dict[Group, Scaling] = {}
         self._broken: IntegrityError | None = None
 
     def conceal(self, rows_TI: torch.Tensor, group: Group) -> Concealed:
         check_rows(rows_TI, width=self._link.manifest.widths(group.layers, group.direction)[0])
+        matrix_T = _matrix_of_rows(group)
         with self._for_good():
+            scaling = self._scaling(group)
             if self._checks is not None:
                 self._checks.prepare(group)
             pad = self.store.take(group, rows_TI.shape[0])
-        scaling, matrix_T = self._scaling(group), _matrix_of_rows(group)
         integers_TI, scales_T1 = to_integers(rows_TI.cpu(), scaling, matrix_T)
         sent_TI = field.add(field.residues(integers_TI), pad.rows)
 
@@ -163,7 +181,9 @@ class _Opened:
         whole = replace(group, segments=())
         if whole not in self._scalings:
             facts = [self._link.facts(position) for position in group.layers]
-            self._scalings[whole] = scaling_of(facts, group.direction)
+            scaling = scaling_of(facts, group.direction, largest=self._largest)
+            check_room(scaling, ", ".join(self._link.manifest.layers[position].name for position in group.layers))
+            self._scalings[whole] = scaling
         return self._scalings[whole]
 
     @contextmanager
@@ -178,15 +198,15 @@ class _Opened:
             raise
 
 
-def _check_exact(manifest: Manifest) -> None:
-    """Check that a host's products are exact."""
-    if manifest.storage is not Storage.INT8:
+def _largest_integer(manifest: Manifest) -> int:
+    """The largest integer of a host's weights, whose products are exact then."""
+    largest = manifest.storage.largest_integer
+    if largest is None:
         raise ConfigurationError(
             f"the host holds {manifest.base!r} in floating point, whose products are rounded and cannot be padded",
-            "Its operator serves with `--weights int8`; `local_base` does so by itself",
+            "Its operator serves with `--weights int8` or `int15`; `local_base` does so by itself",
         )
-    for layer in manifest.layers:
-        check_width(max(layer.in_width, layer.out_width), layer.name)
+    return largest
 
 
 def _matrix_of_rows(group: Group) -> torch.Tensor | None:

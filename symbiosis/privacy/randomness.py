@@ -32,6 +32,19 @@ def normal(*shape: int) -> torch.Tensor:
     return torch.cat([radius * angle.cos(), radius * angle.sin()])[:count].view(shape)
 
 
+def rows_alike(rows_TI: torch.Tensor, count: int) -> torch.Tensor:
+    """Random rows of the size that others have, `(count, I)`, of their dtype and on their device.
+
+    Args:
+        rows_TI: the others; where all of them are zero, the new ones have size 1.
+        count: how many are wanted.
+    """
+    wide_TI = rows_TI.double()
+    largest = float(wide_TI.abs().max()) or 1.0
+    size = largest * float((wide_TI / largest).square().mean().sqrt()) or 1.0  # so that no square overflows
+    return normal(count, rows_TI.shape[1]).mul_(size).to(device=rows_TI.device, dtype=rows_TI.dtype)
+
+
 def _uniform(count: int) -> torch.Tensor:
     """Numbers in (0, 1], float64."""
     words = torch.from_numpy(keystream(secrets.token_bytes(KEY_BYTES))(2 * count).view(np.int64))

@@ -26,6 +26,7 @@ from symbiosis.protocols.keyfiles import (
     PARSE_ERRORS,
     PRIVATE_MODE,
     PUBLIC_MODE,
+    decode_key,
     encode_key,
     make_directory,
     new_key,
@@ -138,13 +139,18 @@ class Authority:
         return fingerprint_of(self._certificate)
 
     def issue_host(
-        self, names: Sequence[str] = ("localhost", "127.0.0.1"), lifetime: timedelta = HOST_LIFETIME
+        self,
+        names: Sequence[str] = ("localhost", "127.0.0.1"),
+        lifetime: timedelta = HOST_LIFETIME,
+        *,
+        key_pem: bytes | None = None,
     ) -> Credentials:
-        """Make a key and a certificate for the host itself.
+        """Make a certificate for the host itself, and a key if it has none.
 
         Args:
             names: the DNS names and IP addresses that tenants reach it by.
             lifetime: how long the certificate is valid.
+            key_pem: the host's key, from an earlier certificate.
 
         Raises:
             ConfigurationError: no name, a name that is neither, or a lifetime that cannot be used.
@@ -152,7 +158,7 @@ class Authority:
         """
         if isinstance(names, str) or not names:
             raise ConfigurationError("a host certificate needs a list of names", "Name the addresses it listens on")
-        key = new_key()
+        key = new_key() if key_pem is None else decode_key(key_pem, source="the host's key", next_action=_INIT)
         alternatives = x509.SubjectAlternativeName([_host_name(name) for name in names])
         purpose = ExtendedKeyUsageOID.SERVER_AUTH
         pem = self._sign_leaf(key.public_key(), _subject("symbiosis host"), alternatives, purpose, lifetime)

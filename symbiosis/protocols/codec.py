@@ -204,6 +204,7 @@ def reply_header(message: Reply) -> bytes:
                     tenant=message.tenant,
                     manifest_digest=message.manifest_digest,
                     max_message_bytes=message.max_message_bytes,
+                    unix_ms=message.unix_ms,
                 )
             )
         case Answer():
@@ -440,6 +441,7 @@ def _read_welcome(welcome: pb.Welcome) -> Welcome:
         tenant=welcome.tenant,
         manifest_digest=welcome.manifest_digest,
         max_message_bytes=welcome.max_message_bytes,
+        unix_ms=welcome.unix_ms,
     )
 
 

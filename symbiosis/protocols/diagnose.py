@@ -10,7 +10,7 @@ import ssl
 
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from symbiosis.errors import CertificateError
+from symbiosis.errors import CertificateError, HostUnavailableError
 from symbiosis.protocols.identity import Credentials, expiry_of, issued_by, parse_certificate, serves_as, utc_now
 from symbiosis.protocols.tls import tenant_handshake
 
@@ -35,41 +35,58 @@ _REASONS = (
     ("protocol version", "what answers there does not speak TLS 1.3", "Ask its operator to update it"),
 )
 
+_TRIES = 3
+"""How often a connection has to end without a word before that counts as a refusal."""
+
 
 def handshake_error(address: str, credentials: Credentials, *, timeout_s: float = 5.0) -> CertificateError | None:
     """The reason why TLS with `address` fails, or `None` when it does not fail or nobody answers.
+
+    A connection that just ends is cut, or its host dies in that moment, or it is gRPC's way to refuse a certificate.
+    Only a refusal happens again and again.
 
     Args:
         address: `host:port`.
         credentials: what the tenant shows.
         timeout_s: for the connection and for each read (seconds).
     """
-    try:
-        with tenant_handshake(address, credentials, timeout_s=timeout_s) as tls:
-            # In TLS 1.3 the server judges the client's certificate after the client believes to be connected.
-            # A welcome begins with HTTP/2 settings; a refusal with an alert or, from gRPC's servers, just ends.
-            if not tls.recv(1):
-                return _unwelcome(address, credentials)
-    except ssl.SSLError as error:
-        return refused_handshake(address, credentials, error)
-    except (OSError, ValueError):
-        return None
-    return None
+    for _ in range(_TRIES):
+        try:
+            with tenant_handshake(address, credentials, timeout_s=timeout_s) as tls:
+                # In TLS 1.3 the server judges the client's certificate after the client believes to be connected.
+                # A welcome begins with HTTP/2 settings; a refusal with an alert or, from gRPC's servers, just ends.
+                if tls.recv(1):
+                    return None
+        except ssl.SSLEOFError:  # before this side has shown anything: no word about its certificate
+            return None
+        except ssl.SSLError as error:
+            return _refusal(address, credentials, error)
+        except (OSError, ValueError):
+            return None
+    return _unwelcome(address, credentials)
 
 
-def refused_handshake(address: str, credentials: Credentials, error: ssl.SSLError) -> CertificateError:
-    """The typed error for what `ssl` reports.
+def refused_handshake(
+    address: str, credentials: Credentials | None, error: ssl.SSLError
+) -> CertificateError | HostUnavailableError:
+    """The typed error for what `ssl` reports; a connection that just ends says nothing about certificates.
 
     Args:
         address: where the host was expected.
-        credentials: what the tenant showed.
+        credentials: what the tenant showed, if anything.
         error: what was raised in the handshake, or by the first read after it.
     """
+    if isinstance(error, ssl.SSLEOFError):
+        return HostUnavailableError(f"the host at {address} ended the connection", "The same may be tried again")
+    return _refusal(address, credentials, error)
+
+
+def _refusal(address: str, credentials: Credentials | None, error: ssl.SSLError) -> CertificateError:
     text = str(error).lower()
     for needle, problem, action in _REASONS:
         if needle in text:
             return CertificateError(f"{problem} ({address})", action)
-    if "alert" in text:  # an alert is the host's word on what this side has shown
+    if credentials is not None and "alert" in text:  # an alert is the host's word on what this side has shown
         return _unwelcome(address, credentials)
     return CertificateError(
         f"the TLS handshake with {address} failed: {error.reason or error}", "Check both sides' certificates"

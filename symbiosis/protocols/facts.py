@@ -1,4 +1,4 @@
-"""Public facts of a hosted weight: the norms of its rows and columns, and its scales where it is held in eight bits.
+"""Public facts of a hosted weight: the norms of its rows and columns, and its scales where it is held in integers.
 
 Rows and columns are those of the weight as a map, whichever way it is stored. The manifest holds the largest of each
 and a digest; the vectors are fetched when something asks for them. A host gives them to every tenant, whatever else it
@@ -34,9 +34,9 @@ class Facts:
     column_norms: torch.Tensor
     """L2 norm of each input column, `(I)` or `(E, I)`."""
     row_scales: torch.Tensor | None = None
-    """Of int8 weights: what each row of integers is multiplied by, like `row_norms`."""
+    """Of integer weights: what each row of integers is multiplied by, like `row_norms`."""
     integer_column_norms: torch.Tensor | None = None
-    """Of int8 weights: L2 norm of each column of integers. Those of rows are `row_norms / row_scales`."""
+    """Of integer weights: L2 norm of each column of integers. Those of rows are `row_norms / row_scales`."""
 
     @property
     def largest_row_norms(self) -> tuple[float, ...]:
@@ -83,7 +83,7 @@ def facts_from_bytes(data: bytes, layer: Layer, storage: Storage) -> Facts:
     """
     stack = layer.shape[:-2]
     shapes = {"row_norms": (*stack, layer.out_width), "column_norms": (*stack, layer.in_width)}
-    if storage is Storage.INT8:
+    if storage is not Storage.FLOAT:
         shapes |= {"row_scales": shapes["row_norms"], "integer_column_norms": shapes["column_norms"]}
     try:
         vectors = safetensors.torch.load(data)

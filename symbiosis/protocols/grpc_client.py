@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from symbiosis.errors import FrameError, HostUnavailableError, SymbiosisError
+from symbiosis.errors import HostUnavailableError, SymbiosisError
 from symbiosis.protocols.codec import Assembler, Encoded, Reply, Request, reply_reader
 from symbiosis.protocols.diagnose import handshake_error
 from symbiosis.protocols.identity import Credentials
@@ -31,6 +31,10 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.default_compression_algorithm", 0),
     ("grpc.enable_http_proxy", 0),
 )
+
+_PROBE_S = 5.0
+"""How long to look for the reason why a host has ended a stream (seconds)."""
+_ENROL = "Enrol again at this host, with a new invitation"
 
 
 class GrpcTransport:
@@ -115,7 +119,7 @@ class GrpcTransport:
             reply = self._assembler.feed(chunk)
             if reply is not None:
                 return reply
-        raise FrameError("the host ended the stream in the middle of a reply", "Connect again")
+        raise HostUnavailableError(f"the host at {self.address} ended the stream", "The same call may be sent again")
 
     def _explain(self, error: Exception) -> SymbiosisError:
         """The typed error for what gRPC reports; anything but an RPC's end is re-raised as it is."""
@@ -123,19 +127,36 @@ class GrpcTransport:
 
         if not isinstance(error, grpc.RpcError):
             raise error
+        if self._closed:  # by this side, from another thread
+            return HostUnavailableError(f"the stream to {self.address} is closed", "Connect again")
         code, details = _outcome(error)
+        if code is grpc.StatusCode.CANCELLED and not self._watchdog.fired:
+            # A stream that the host cancels carries no reason; a new one is refused with it, if it is.
+            code, details = self._outcome_of_another()
         if code is grpc.StatusCode.UNAUTHENTICATED:
-            return error_of(Refusal(number=0, code="certificate", message=details, next_action="Enrol again"))
+            return error_of(Refusal(number=0, code="certificate", message=details, next_action=_ENROL))
         if code is grpc.StatusCode.UNAVAILABLE:
             # gRPC reports a refused certificate like an outage; a handshake of our own tells them apart.
             refused = handshake_error(self.address, self._credentials)
             if refused is not None:
                 return refused
-        late = f" within {self._reply_timeout_s:g} s" if code is grpc.StatusCode.CANCELLED else ""
+        late = f" within {self._reply_timeout_s:g} s" if self._watchdog.fired else ""
         return HostUnavailableError(
             f"the host at {self.address} did not answer{late} ({code.name.lower()})",
             "Check the address and that `symbiosis host serve` runs there; the same call may be sent again",
         )
+
+    def _outcome_of_another(self) -> tuple[grpc.StatusCode, str]:
+        """How a stream ends on which nothing is said; `CANCELLED` if it is not refused."""
+        import grpc  # noqa: PLC0415
+
+        stream: Any = self._channel.stream_stream(METHOD)
+        try:
+            for _ in stream(iter(()), timeout=_PROBE_S):
+                pass
+        except grpc.RpcError as error:
+            return _outcome(error)
+        return grpc.StatusCode.CANCELLED, ""
 
 
 class _Watchdog:
@@ -146,6 +167,8 @@ class _Watchdog:
         self._tick_s = tick_s
         self._due_s: float | None = None
         self._stopped = threading.Event()
+        self.fired = False
+        """Whether a reply was overdue."""
         threading.Thread(target=self._run, name="symbiosis-watchdog", daemon=True).start()
 
     def deadline(self, seconds: float) -> _Watchdog:
@@ -167,6 +190,7 @@ class _Watchdog:
         while not self._stopped.wait(self._tick_s):
             due_s = self._due_s
             if due_s is not None and time.monotonic() > due_s:
+                self.fired = True
                 self._cancel()
                 return
 

@@ -9,13 +9,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 
 from symbiosis.errors import CertificateError, EnrolmentError
 from symbiosis.protocols.keyfiles import MAX_PEM_BYTES, PARSE_ERRORS
@@ -149,6 +151,12 @@ def summary(certificate_pem: bytes) -> CertificateSummary:
 def fingerprint_of(certificate: x509.Certificate) -> str:
     """Return the SHA-256 of a certificate's DER form, 64 hexadecimal digits."""
     return certificate.fingerprint(hashes.SHA256()).hex()
+
+
+def key_digest(key: PublicKeyTypes) -> str:
+    """Return the SHA-256 of a public key (its SubjectPublicKeyInfo), 64 hexadecimal digits."""
+    info = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return hashlib.sha256(info).hexdigest()
 
 
 def serves_as(certificate: x509.Certificate, purpose: x509.ObjectIdentifier) -> bool:

@@ -4,14 +4,18 @@
     tenant.csr   the request that the host signs
     tenant.pem   the certificate that the host answered with
     ca.pem       the authority that the host's own certificate must come from
+    renewal.json where the host renews certificates, if it enrolled the tenant over a network
 
 1. A key is never overwritten: another name needs another directory.
 2. Once installed, the authority does not change silently: whoever could swap it could pose as the host.
 3. Nothing is installed, and nothing is loaded, that a handshake would refuse.
+4. A renewal keeps the key, so that one file changes, at once: whoever reads the directory finds the old certificate or
+   the new one, never a mixture.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from datetime import datetime
@@ -23,7 +27,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509 import verification
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from symbiosis.errors import CertificateError, EnrolmentError
+from symbiosis.errors import CertificateError, ConfigurationError, EnrolmentError
+from symbiosis.protocols.addresses import split_address
 from symbiosis.protocols.identity import (
     Clock,
     Credentials,
@@ -51,6 +56,7 @@ KEY_FILE = "tenant.key"
 REQUEST_FILE = "tenant.csr"
 CERTIFICATE_FILE = "tenant.pem"
 AUTHORITY_FILE = "ca.pem"
+RENEWAL_FILE = "renewal.json"
 
 _JOIN = "Enrol with `symbiosis join`"
 _REJOIN = "Enrol again with `symbiosis join`"
@@ -138,6 +144,52 @@ def load_credentials(directory: Path | str, *, now: Clock = utc_now) -> Credenti
     root = _read_party(directory / AUTHORITY_FILE)
     _check_pair(key, leaf, root, now())
     return Credentials(key_pem=encode_key(key), certificate_pem=leaf.pem, ca_pem=root.pem)
+
+
+def check_authority(directory: Path | str, ca_pem: bytes) -> None:
+    """Check that a directory trusts this authority, or none yet (rule 2).
+
+    Raises:
+        CertificateError: it trusts another one.
+    """
+    _check_same_authority(Path(directory), _party(ca_pem, "the authority's certificate"))
+
+
+def renewal_request(directory: Path | str) -> bytes:
+    """A request for the name and the key that the directory has a certificate for, PEM.
+
+    Raises:
+        CertificateError: the directory holds none.
+    """
+    directory = Path(directory)
+    key = read_key(directory / KEY_FILE, next_action=_JOIN)
+    return build_request(key, tenant_of(_read_party(directory / CERTIFICATE_FILE).pem))
+
+
+def write_renewal_address(directory: Path | str, address: str) -> None:
+    """Note where certificates of this directory are renewed.
+
+    Raises:
+        CertificateError: it cannot be written.
+    """
+    write_file(Path(directory) / RENEWAL_FILE, json.dumps({"address": address}).encode(), mode=PUBLIC_MODE)
+
+
+def renewal_address(directory: Path | str) -> str | None:
+    """Where certificates of this directory are renewed; `None` where they are signed by hand.
+
+    Raises:
+        CertificateError: the file is there and cannot be used.
+    """
+    path = Path(directory) / RENEWAL_FILE
+    if not os.path.exists(path):
+        return None
+    try:
+        address = json.loads(read_pem(path, next_action=_REJOIN))["address"]
+        split_address(address)
+    except (ValueError, TypeError, LookupError, AttributeError, ConfigurationError) as error:
+        raise CertificateError(f"{path} does not name where to renew", _REJOIN) from error
+    return str(address)
 
 
 def _party(pem: bytes, source: str) -> _Party:

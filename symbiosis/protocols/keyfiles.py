@@ -55,13 +55,21 @@ def read_key(path: Path, *, next_action: str) -> ec.EllipticCurvePrivateKey:
     Raises:
         CertificateError: missing or unreadable file, or not an unencrypted elliptic-curve key.
     """
-    pem = read_pem(path, next_action=next_action)
+    return decode_key(read_pem(path, next_action=next_action), source=str(path), next_action=next_action)
+
+
+def decode_key(pem: bytes, *, source: str, next_action: str) -> ec.EllipticCurvePrivateKey:
+    """Read a private key from what `encode_key` gives.
+
+    Raises:
+        CertificateError: not an unencrypted elliptic-curve key.
+    """
     try:
         key = serialization.load_pem_private_key(pem, password=None)
     except PARSE_ERRORS as error:
-        raise CertificateError(f"{path} is not an unencrypted PEM private key", next_action) from error
+        raise CertificateError(f"{source} is not an unencrypted PEM private key", next_action) from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise CertificateError(f"{path} is not an elliptic-curve key", next_action)
+        raise CertificateError(f"{source} is not an elliptic-curve key", next_action)
     return key
 
 

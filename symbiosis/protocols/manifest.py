@@ -40,6 +40,13 @@ class Storage(Enum):
     """As they came."""
     INT8 = "int8"
     """Eight-bit integers, one scale per output row."""
+    INT15 = "int15"
+    """Fifteen-bit integers, likewise, each held as two limbs of eight bits."""
+
+    @property
+    def largest_integer(self) -> int | None:
+        """The largest magnitude of an integer, signs apart; `None` for floating point."""
+        return {Storage.FLOAT: None, Storage.INT8: 2**7 - 1, Storage.INT15: 2**14 - 1}[self]
 
 
 class Orientation(Enum):

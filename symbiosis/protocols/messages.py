@@ -84,6 +84,8 @@ class Welcome:
     """The tenant's name as the host read it from the certificate."""
     manifest_digest: str
     max_message_bytes: int
+    unix_ms: int = 0
+    """The host's clock when it answered (milliseconds since 1970); 0 where an older host does not say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,17 +226,27 @@ def finite(rows: torch.Tensor) -> bool:
     return math.isfinite(rows.sum().item()) or bool(torch.isfinite(rows).all())
 
 
+def rows_per_message(widest: int, element_bytes: int, max_bytes: int) -> int:
+    """How many rows a message takes, at least 1, if its payload is to stay within `max_bytes` in both directions.
+
+    Args:
+        widest: the larger of the rows' and the answers' widths.
+        element_bytes: what an element takes.
+        max_bytes: the longest payload.
+    """
+    return max(1, max_bytes // max(1, widest * element_bytes))
+
+
 def split_rows(
-    rows: torch.Tensor, segments: Sequence[Segment] = (), *, widest: int, max_bytes: int
+    rows: torch.Tensor, segments: Sequence[Segment] = (), *, limit: int
 ) -> Iterator[tuple[torch.Tensor, tuple[Segment, ...]]]:
-    """Cut rows into pieces whose payload, in the wider of both directions, stays within `max_bytes`.
+    """Cut rows into pieces of at most `limit` rows.
 
     Rows are independent, so the answers put together again are the answer of the whole. Each piece comes with its part
     of `segments`.
     """
-    per_row_bytes = max(1, widest * rows.element_size())
     start = 0
-    for piece in rows.split(max(1, max_bytes // per_row_bytes)):
+    for piece in rows.split(limit):
         yield piece, tuple(cut_segments(segments, start, start + piece.shape[0]))
         start += piece.shape[0]
 

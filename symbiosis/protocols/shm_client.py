@@ -37,6 +37,8 @@ from symbiosis.protocols.tls import tenant_context
 
 HANDSHAKE_S = 10.0
 """How long a tenant waits for a host to take the connection and to show who it is."""
+_LAST_WORDS_S = 1.0
+"""How long a tenant listens for the reason why a host has hung up (seconds)."""
 
 
 class ShmTransport:
@@ -78,8 +80,9 @@ class ShmTransport:
             try:
                 reply = self._call(encoded) if isinstance(request, Call | Draw) else self._ask(encoded)
             except (OSError, SymbiosisError) as error:
+                problem = self._last_words(error) or self._explain(error)
                 self.close()
-                raise self._explain(error) from error
+                raise problem from error
             except BaseException:  # an interrupt: nobody knows which message the next reply would answer
                 self.close()
                 raise
@@ -149,6 +152,17 @@ class ShmTransport:
         reply, counted = line.replies.read(header, max_payload_bytes=self._max_reply_bytes)
         self.received_bytes += counted
         return reply
+
+    def _last_words(self, error: OSError | SymbiosisError) -> SymbiosisError | None:
+        """What a host that has hung up said before, if it did."""
+        if not isinstance(error, ConnectionError):
+            return None
+        with contextlib.suppress(OSError, SymbiosisError):
+            self._channel.set_deadline(_LAST_WORDS_S)
+            reply = self._assembler.feed(self._channel.receive_chunk())
+            if isinstance(reply, Refusal):
+                return error_of(reply)
+        return None
 
     def _explain(self, error: OSError | SymbiosisError) -> SymbiosisError:
         """The typed error for what went wrong."""

@@ -1,5 +1,6 @@
 """The control channel of a shared-memory session: mutual TLS 1.3 over a Unix socket, and descriptors beside it.
 
+Without descriptors, an enrolment goes over it as well.
 `ssl` is driven over memory instead of the socket, so that every byte passes through `recvmsg` and `sendmsg` here: that
 is how the shared file and the doorbells travel with the very bytes of the welcome, to a tenant who has shown a
 certificate and to nobody before.
@@ -16,11 +17,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from symbiosis.errors import FrameError
-from symbiosis.protocols.codec import Encoded
 from symbiosis.protocols.limits import MAX_CHUNK_BYTES
+
+if TYPE_CHECKING:
+    from symbiosis.protocols.codec import Encoded
 
 _PREFIX = struct.Struct("<I")
 _READ_BYTES = 256 << 10
@@ -33,7 +36,7 @@ class ControlChannel:
     """One end of the channel. Blocking; one thread at a time, save `hang_up`.
 
     Args:
-        connection: a connected Unix socket, which now belongs to the channel.
+        connection: a connected socket, a Unix one for descriptors, which now belongs to the channel.
         context: of this side.
         server_name: the name that the host's certificate must have; `None` at the host.
     """
@@ -76,23 +79,34 @@ class ControlChannel:
             OSError: the other side hung up, or does not read.
         """
         for chunk in encoded.chunks():
-            data = memoryview(_PREFIX.pack(len(chunk)) + chunk)
-            while data:
-                data = data[self._tls.write(data) :]
-            self._flush(descriptors)
+            self.send_chunk(chunk, descriptors=descriptors)
             descriptors = ()
 
-    def receive_chunk(self) -> bytes:
-        """The next chunk.
+    def send_chunk(self, chunk: bytes, *, descriptors: Sequence[int] = ()) -> None:
+        """Send one chunk, and descriptors with it.
 
         Raises:
-            FrameError: it is announced longer than a chunk may be.
+            OSError: the other side hung up, or does not read.
+        """
+        data = memoryview(_PREFIX.pack(len(chunk)) + chunk)
+        while data:
+            data = data[self._tls.write(data) :]
+        self._flush(descriptors)
+
+    def receive_chunk(self, *, max_bytes: int = MAX_CHUNK_BYTES) -> bytes:
+        """The next chunk.
+
+        Args:
+            max_bytes: how long it may be.
+
+        Raises:
+            FrameError: it is announced longer than that.
             ssl.SSLError: the other side did not accept our certificate, or what came is not TLS.
             OSError: the other side hung up, or is too slow.
         """
         (count,) = _PREFIX.unpack(self._receive(_PREFIX.size))
-        if count > MAX_CHUNK_BYTES:
-            raise FrameError(f"a chunk has {count} bytes, allowed are {MAX_CHUNK_BYTES}")
+        if count > max_bytes:
+            raise FrameError(f"a chunk has {count} bytes, allowed are {max_bytes}")
         return self._receive(count)
 
     def take_descriptors(self) -> list[int]:
@@ -103,6 +117,14 @@ class ControlChannel:
     def fileno(self) -> int:
         """The socket, for waiting until it can be read."""
         return self._connection.fileno()
+
+    def stop_reading(self) -> None:
+        """Wake whoever waits for bytes at this end, as if the other side had hung up. From any thread.
+
+        What is sent still passes.
+        """
+        with self._ending, contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RD)
 
     def hang_up(self) -> None:
         """Wake whoever waits, at both ends, and let nothing pass any more. From any thread."""

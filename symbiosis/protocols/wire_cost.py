@@ -24,14 +24,20 @@ What is left out, because the ledger does not know it:
 - DATA frames cut by flow control, 9 bytes each, and records that are not full because of them.
 - the length of the tenant's certificate and of the host's name, which change `CONNECTION_BYTES` by some hundred bytes.
 
-All of these together stay within 1 % of the bytes and 4 KiB per connection, up to some 100 MiB fetched in a connection
-that sends little else; `tests/test_wire_bytes.py` holds the estimate against a proxy that counts.
+All of these together stay within 1 % of the bytes (`TOLERANCE`) and 4 KiB per connection (`PER_CONNECTION_BYTES`), up
+to some 100 MiB fetched in a connection that sends little else; `tests/test_wire_bytes.py` holds the estimate against a
+proxy that counts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Final
+
+TOLERANCE: Final = 0.01
+"""Share of the bytes on a connection that the estimate may be wrong by."""
+PER_CONNECTION_BYTES: Final = 4096
+"""What it may be wrong by besides, for every connection."""
 
 GRPC_PREFIX_BYTES: Final = 5
 FRAME_HEADER_BYTES: Final = 9

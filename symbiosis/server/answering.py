@@ -6,31 +6,16 @@ Rules 2 to 5 of `service` and `shm_service`.
 from __future__ import annotations
 
 import logging
-import time
-from dataclasses import dataclass
 
 from symbiosis.errors import CertificateError, OverloadedError, ProtocolError, SymbiosisError
 from symbiosis.protocols.codec import Admit, Reply, Request
-from symbiosis.protocols.identity import expiry_of, tenant_of
+from symbiosis.protocols.identity import summary, tenant_of
 from symbiosis.protocols.messages import Call, Draw, Fetch, Hello
 from symbiosis.protocols.status import Refusal, refusal_of
 from symbiosis.protocols.transport import Handler
+from symbiosis.server.access import Peer
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Peer:
-    """Who is at the other end, by a certificate that a handshake has accepted."""
-
-    tenant: str
-    expires_s: float
-    """Last moment of the certificate (seconds since 1970)."""
-
-    @property
-    def expired(self) -> bool:
-        """Whether the certificate has ended since."""
-        return self.expires_s <= time.time()
 
 
 def peer_of(certificate_pem: bytes) -> Peer:
@@ -41,7 +26,8 @@ def peer_of(certificate_pem: bytes) -> Peer:
     """
     if not certificate_pem:
         raise CertificateError("the stream shows no certificate", "Enrol at this host")
-    return Peer(tenant=tenant_of(certificate_pem), expires_s=expiry_of(certificate_pem).timestamp())
+    told = summary(certificate_pem)
+    return Peer(tenant=tenant_of(certificate_pem), expires_s=told.not_after.timestamp(), fingerprint=told.fingerprint)
 
 
 def reply_to(handler: Handler, tenant: str, request: Request, *, greeted: bool, admit: Admit) -> Reply:

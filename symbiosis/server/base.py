@@ -27,6 +27,7 @@ from symbiosis.protocols.manifest import (
 )
 from symbiosis.protocols.messages import FLOAT_DTYPES, BlobKind, dtype_name
 from symbiosis.protocols.tensors import byte_count, stored_dtype, tensor_digest
+from symbiosis.server.field import require_bounds
 from symbiosis.server.norms import facts_of
 from symbiosis.server.placement import Devices, place, usable_devices
 from symbiosis.server.selection import hosted_parameters
@@ -179,7 +180,7 @@ def host_model(
     if not hosted:
         raise ConfigurationError(f"{name} has no linear layers in repeated blocks", "Host a transformer")
     remote = {full_name for full_name, _, _ in hosted}
-    weights = [_weight(parameter, orientation, storage) for _, parameter, orientation in hosted]
+    weights = [_weight(full_name, parameter, orientation, storage) for full_name, parameter, orientation in hosted]
     facts = [facts_of(entry[0], weight) for entry, weight in zip(hosted, weights, strict=True)]
     tensors = _half(model, remote, copy=own)
     published = dict(_model_files(model) | dict(files or {}))
@@ -317,10 +318,12 @@ def _model_files(model: PreTrainedModel) -> dict[str, bytes]:
     return files
 
 
-def _weight(parameter: torch.Tensor, orientation: Orientation, storage: Storage) -> Weight:
-    if storage is Storage.INT8:
-        return quantised(parameter, orientation)
-    return Weight(stored=parameter.detach(), orientation=orientation, dtype=parameter.dtype)
+def _weight(name: str, parameter: torch.Tensor, orientation: Orientation, storage: Storage) -> Weight:
+    if storage is Storage.FLOAT:
+        return Weight(stored=parameter.detach(), orientation=orientation, dtype=parameter.dtype)
+    weight = quantised(parameter, orientation, storage)
+    require_bounds(name, weight, storage)
+    return weight
 
 
 def _let_go(parameter: torch.nn.Parameter, weight: Weight) -> None:

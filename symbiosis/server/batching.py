@@ -5,8 +5,10 @@ A tenant has one call under way at a time, so batches fill only if tenants that 
 together. Four rules see to that, numbered where they are enforced:
 
 1. an interactive call (few rows: a decoded token) goes before bulk, also one that is held by rule 4 or that a tenant
-   will ask for within `max_gap_s`; but when a bulk call has waited for `max_bulk_wait_s` and no bulk batch was under
-   way for as long, one bulk batch goes before all of them;
+   will ask for within `max_gap_s`: into such a gap goes only bulk that will be computed before its end. But when bulk
+   has waited for `max_bulk_wait_s` longer than it was computed, in gaps and elsewhere, a batch of it goes first after
+   every interactive one, at the beginning of the next gap; when it has waited for twice as long, at any time, though
+   not twice while an interactive call waits. While interactive tenants are about, such batches are short: pieces;
 2. of one batch in three the head is the tenant that was served least; of the others it is one of the largest group,
    those who ask for the same now or soon. So a group passes through the model faster than who is alone, meets
    everyone who takes the same way, and grows;
@@ -20,15 +22,22 @@ By these rules also those are served who are not the least served of their kind,
 `max_lead_s` ahead of it: that is what keeps the service even (`fairness`).
 
 Bounds. A batch takes at most `D`, the longer of `max_batch_s` and the time of `min_rows` rows; one with an interactive
-call at its head at most `d`, the longer of `interactive_batch_s` and the time of `min_rows` rows; both as far as the
-measured rate is right. Let `h` be `max_hold_s` and `w` `max_bulk_wait_s`. An interactive call that others' `n` batches
-with interactive heads go before waits, however much bulk there is, at most
+call at its head at most `d`, the longer of `interactive_batch_s` and the time of `min_rows` rows; bulk's while
+interactive tenants are about at most `p`, the longest of `max_piece_s`, the time of `min_rows` rows and, up to
+`interactive_batch_s`, the last interactive batch; all of them as far as the measured rate is right. Let `h` be
+`max_hold_s` and `w` `max_bulk_wait_s`. An interactive call that others' `n` batches with interactive heads go before
+waits, however much bulk there is, for the end of what is under way when it comes, which takes `D` at most if it is the
+first after a pause and else the longer of `p` and `d`, and then at most
 
-    D + (n + 1) (d + h) + k (D + h),   k = (n + 1) (d + h) / w, rounded up:
+    (n + 1) (p + d + h):
 
-what is under way when it comes, those `n` batches and its own with their holds, and bulk's turns. On one worker bulk
-that has waited for `w` is begun at most `2 d + h` later, however many interactive calls there are: at least `D` of each
-`D + w + 2 d + h` is bulk's. Several workers are no later.
+one piece of bulk before each of those `n` batches and its own, and their holds. On one worker bulk that waits is begun
+after `w + d` and the longer of `h` and `2 max_gap_s`, however many interactive calls there are, and where it waits all
+the time it is computed in any time `T` for at least
+
+    (T - 2 w - 2 d - h) / 2;
+
+interactive calls that wait all the time are computed for as long but for `p`. Several workers are no later.
 """
 
 from __future__ import annotations
@@ -67,11 +76,17 @@ class BatchConfig:
     """A call of at most so many rows is interactive."""
     interactive_batch_s: float = 0.02
     """How long a batch with an interactive call at its head may take."""
+    max_piece_s: float = 0.002
+    """How long a bulk batch may take while interactive tenants are about, or as long as the last interactive batch
+    took, up to `interactive_batch_s`; at least `min_rows` rows are taken all the same."""
     max_bulk_wait_s: float = 0.25
-    """A bulk call that has waited so long goes before interactive ones, if no other did for as long; as long as
-    `max_batch_s`, so that each kind has half of the time where both want all of it."""
+    """Bulk that has waited for so much longer than it was computed goes before interactive calls by turns: from then on
+    each kind has half of the time where both want all of it."""
     max_gap_s: float = 0.005
-    """An interactive tenant that usually asks again within so long is waited for before bulk is begun."""
+    """An interactive tenant that usually asks again within so long is waited for, and as long at least, before bulk is
+    begun that takes longer."""
+    batch_cost_s: float = 0.0002
+    """What a batch costs beside its product. Bulk that takes less is not begun in a gap."""
     max_lead_s: float = 20.0
     """How far ahead of the least served a tenant may be and still be served, in work of one worker."""
     max_hold_s: float = 0.05
@@ -85,10 +100,18 @@ class BatchConfig:
     def __post_init__(self) -> None:
         if min(self.max_rows, self.min_rows, self.floor_rows) < 1 or self.interactive_rows < 0:
             raise ConfigurationError("a batch takes at least one row", "Raise max_rows, min_rows and floor_rows")
-        if min(self.max_batch_s, self.interactive_batch_s, self.max_bulk_wait_s, self.max_lead_s) <= 0:
+        times = (self.max_batch_s, self.interactive_batch_s, self.max_piece_s, self.max_bulk_wait_s, self.max_lead_s)
+        if not all(bound > 0 for bound in times):
             raise ConfigurationError("a batch's bounds of time and work are positive", "Raise the one that is not")
+        if self.max_piece_s > self.max_batch_s:
+            raise ConfigurationError(
+                f"a piece of {self.max_piece_s:g} s is longer than a batch of {self.max_batch_s:g} s",
+                "Lower max_piece_s, or raise max_batch_s",
+            )
         if min(self.max_hold_s, self.hold_share, self.interactive_hold_share, self.max_gap_s) < 0:
             raise ConfigurationError("a batch cannot be held for less than no time", "Set max_hold_s to 0 or more")
+        if not self.batch_cost_s >= 0:
+            raise ConfigurationError("a batch costs no negative time", "Set batch_cost_s to 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,10 +139,28 @@ class Expected:
     """When it began to compute for itself."""
     usual_s: float
     """How long that usually takes."""
+    soonest_s: float
+    """How long it takes when it is quick."""
     at_s: float
-    """When it will ask, at the latest that is likely."""
+    """When it will ask, at the latest that is likely; then it is overdue."""
     interactive: bool = False
     """Whether its last call was."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """How bulk and interactive calls have shared the time so far (`sharing.Sharing`)."""
+
+    bulk_waited_s: float = 0.0
+    """How long bulk has waited, less what it was computed."""
+    bulk_waited_then_s: float = 0.0
+    """The same when the last batch with an interactive call at its head ended; 0 if no bulk waited."""
+    bulk_running: bool = False
+    """Whether a batch with a bulk call at its head is under way."""
+    bulk_was_last: bool = False
+    """Whether such a batch was begun last."""
+    interactive_took_s: float = 0.0
+    """How long the last batch with an interactive call at its head took."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,7 +195,8 @@ def decide(
     macs_per_s: float,
     now_s: float,
     config: BatchConfig,
-    bulk_ended_s: float = float("-inf"),
+    turn: Turn | None = None,
+    talking: bool = False,
     gather: bool = False,
 ) -> Decision:
     """Choose the next batch.
@@ -162,36 +204,44 @@ def decide(
     Args:
         waiting: what waits, oldest first.
         served: work done for each tenant so far, in multiply-adds (`fairness.Service`).
-        expected: tenants that will probably ask soon (`pace.Pace`).
+        expected: tenants that compute for themselves, and when they will probably ask (`pace.Pace`).
         macs_per_s: the measured rate of one worker.
         now_s: the time, on the clock of `arrived_s`.
         config: bounds.
-        bulk_ended_s: when the last batch with a bulk call at its head ended; infinity while there is one under way.
+        turn: how bulk and interactive calls have shared the time so far.
+        talking: whether a tenant computes for itself that came with an interactive call and may be back any moment.
         gather: whether this is one of the batches, two in three, that the largest group gets.
     """
-    turn_s = _turn(waiting, bulk_ended_s, config)
-    quiet_s = _quiet_from(expected, config)
+    turn = turn or Turn()
+    turn_s = _turn(turn, now_s, config)
+    about = talking or any(is_interactive(call.total_rows, config) for call in waiting)
+    quiet_s, gap_end_s = _gap(expected, config)
+    expected = [entry for entry in expected if entry.at_s > now_s]
     groups = _groups(waiting, expected, served, config) if gather else {}
     lead = config.max_lead_s * macs_per_s
     farthest = {bulk: _least_served(waiting, served, config, bulk=bulk) + lead for bulk in (False, True)}
     held: dict[BatchKey, float] = {}
-    for leader in _order(waiting, served, groups, config, bulk_first=turn_s <= now_s):
+    bulk_first = turn_s <= now_s and not turn.bulk_was_last
+    for leader in _order(waiting, served, groups, config, bulk_first=bulk_first):
         call = waiting[leader]
         bulk = not is_interactive(call.total_rows, config)
         most = farthest[bulk]
         if call.key in held or served.get(call.tenant, 0.0) > most:
             continue
         near = [position for position, other in enumerate(waiting) if served.get(other.tenant, 0.0) <= most]
-        batch = _batch(leader, near, waiting, served, macs_per_s, config)
         awaited = [entry for entry in expected if served.get(entry.tenant, 0.0) <= most]
-        until_s = _hold_until(call, batch, waiting, awaited, groups, macs_per_s, config)
-        if bulk:
-            until_s = max(until_s, min(turn_s, quiet_s))
+        room = _room(call, _budget_s(turn, config, bulk=bulk, about=about), macs_per_s, config)
+        open_s = min(turn_s, quiet_s) if bulk else now_s
+        if open_s > now_s:
+            fitting = _fitting(call, gap_end_s - now_s, macs_per_s, config)
+            room, open_s = (min(room, fitting), now_s) if fitting else (room, open_s)
+        batch = _batch(leader, near, waiting, served, room, config)
+        until_s = max(open_s, _hold_until(call, batch, waiting, awaited, groups, macs_per_s, config))
         if until_s <= now_s:
             return Decision(batch=batch, bulk=bulk, overtook=bool(held))
         held[call.key] = until_s
         if not bulk:
-            quiet_s = max(quiet_s, until_s)
+            quiet_s, gap_end_s = max(quiet_s, until_s), min(gap_end_s, until_s)
     return Decision(again_s=min(held.values(), default=None))
 
 
@@ -200,16 +250,48 @@ def is_interactive(rows: int, config: BatchConfig) -> bool:
     return rows <= config.interactive_rows
 
 
-def _turn(waiting: Sequence[Waiting], bulk_ended_s: float, config: BatchConfig) -> float:
-    """From when on bulk goes first, by rule 1."""
-    bulk = [call.arrived_s for call in waiting if not is_interactive(call.total_rows, config)]
-    return max(bulk_ended_s, min(bulk, default=float("inf"))) + config.max_bulk_wait_s
+def _turn(turn: Turn, now_s: float, config: BatchConfig) -> float:
+    """From when on bulk has its turn, by rule 1."""
+    if turn.bulk_running:
+        return float("inf")
+    if turn.bulk_waited_then_s >= config.max_bulk_wait_s and not turn.bulk_was_last:
+        return now_s
+    return now_s + 2 * config.max_bulk_wait_s - turn.bulk_waited_s
 
 
-def _quiet_from(expected: Sequence[Expected], config: BatchConfig) -> float:
-    """From when on no interactive call is expected any moment, by rule 1; one that takes its time is not waited for."""
-    soon = [entry.at_s for entry in expected if entry.interactive and entry.usual_s <= config.max_gap_s]
-    return max(soon, default=float("-inf"))
+def _gap(expected: Sequence[Expected], config: BatchConfig) -> tuple[float, float]:
+    """From when on no interactive call is expected any moment, and until when none will come, by rule 1.
+
+    Who takes its time is not waited for.
+    """
+    soon = [entry for entry in expected if entry.interactive and entry.usual_s <= config.max_gap_s]
+    quiet_s = max((max(entry.at_s, entry.since_s + config.max_gap_s) for entry in soon), default=float("-inf"))
+    return quiet_s, min((entry.since_s + entry.soonest_s for entry in soon), default=float("inf"))
+
+
+def _budget_s(turn: Turn, config: BatchConfig, *, bulk: bool, about: bool) -> float:
+    """How long a batch may take.
+
+    A piece of bulk may take as long as the interactive batch before it, so that each has half of the time by turns.
+    """
+    if not bulk:
+        return config.interactive_batch_s
+    if not about:
+        return config.max_batch_s
+    return max(config.max_piece_s, min(turn.interactive_took_s, config.interactive_batch_s))
+
+
+def _room(call: Waiting, budget_s: float, macs_per_s: float, config: BatchConfig) -> int:
+    """How many rows a batch takes that has `call` at its head."""
+    fitting = int(budget_s * macs_per_s / max(1, call.macs_per_row))
+    return min(config.max_rows, max(config.min_rows, fitting))
+
+
+def _fitting(call: Waiting, gap_s: float, macs_per_s: float, config: BatchConfig) -> int:
+    """How many rows like those of `call` are computed within a gap; 0 if so few that it does not pay."""
+    per_s = macs_per_s / max(1, call.macs_per_row)
+    rows = int(min((gap_s - config.batch_cost_s) * per_s, config.max_rows))
+    return rows if rows >= max(config.floor_rows, config.batch_cost_s * per_s) else 0
 
 
 def _groups(
@@ -257,14 +339,12 @@ def _batch(
     near: Sequence[int],
     waiting: Sequence[Waiting],
     served: Mapping[str, float],
-    macs_per_s: float,
+    room: int,
     config: BatchConfig,
 ) -> tuple[Take, ...]:
-    """The leader and its mates, by rule 3; positions ascend. Mates are among those `near` it in service."""
+    """The leader and its mates, by rule 3, up to `room` rows; positions ascend. Mates are `near` it in service."""
     first = waiting[leader]
     hurried = is_interactive(first.total_rows, config)
-    budget_s = config.interactive_batch_s if hurried else config.max_batch_s
-    room = min(config.max_rows, max(config.min_rows, int(budget_s * macs_per_s / max(1, first.macs_per_row))))
 
     def rank(position: int) -> tuple[float, float]:
         return served.get(waiting[position].tenant, 0.0), waiting[position].arrived_s

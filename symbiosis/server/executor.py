@@ -27,6 +27,7 @@ from symbiosis.server.metrics import Metrics
 from symbiosis.server.pace import Pace
 from symbiosis.server.packed import PackedWeights
 from symbiosis.server.rate import Rate
+from symbiosis.server.sharing import Sharing
 from symbiosis.server.weight import Weight
 
 _log = logging.getLogger(__name__)
@@ -142,14 +143,13 @@ class Executor:
         self._metrics = metrics or Metrics()
         self._waiting: list[_Job] = []
         self._service = Service(self._config.fairness)
+        self._sharing = Sharing()
         self._pace = Pace()
         self._rate = Rate(floor_rows=self._config.batching.floor_rows)
         self._packed = PackedWeights(self._config.packed_bytes)
         self._wake = threading.Condition()
         self._closed = False
         self._turns = 0
-        self._bulk_running = 0
-        self._bulk_ended_s = float("-inf")
         self._workers: list[threading.Thread] = []
         self._threads_before: int | None = None
         self.batches = 0
@@ -209,11 +209,23 @@ class Executor:
         )
         with self._wake:
             if self._closed:
-                raise HostUnavailableError("the host is shutting down", "Connect again in a moment")
+                raise _shutting_down()
             self._pace.arrived(tenant, key, now_s=job.arrived_s)
             self._service.arrive(tenant, macs_per_s=self._rate.macs_per_s)
+            self._sharing.arrived(bulk=not self._is_interactive(job), now_s=job.arrived_s)
             self._waiting.append(job)
             self._wake.notify()
+
+    def drop(self) -> None:
+        """Refuse what is queued, where nobody is left who wants it; a batch that is being computed ends as it would."""
+        with self._wake:
+            dropped, self._waiting = self._waiting, []
+            for job in dropped:
+                job.failure = _shutting_down()
+                self._service.leave(job.tenant)
+            ended = [job for job in dropped if job.has_ended]  # of every other one its last batch tells
+        for job in ended:
+            job.answered(_shutting_down())
 
     def close(self) -> None:
         """Answer what is queued, then end the workers."""
@@ -233,6 +245,7 @@ class Executor:
         self.close()
 
     def _run(self) -> None:
+        torch.get_num_threads()  # takes the process's number over for this thread, which oneDNN does not by itself
         while self._work():
             pass
 
@@ -279,7 +292,8 @@ class Executor:
             macs_per_s=self._rate.macs_per_s,
             now_s=now_s,
             config=self._config.batching,
-            bulk_ended_s=float("inf") if self._bulk_running else self._bulk_ended_s,
+            turn=self._sharing.turn(now_s),
+            talking=self._pace.talking(now_s),
             gather=self._turns % _GATHERING != 0,
         )
 
@@ -290,11 +304,12 @@ class Executor:
             parts.append(_Part(job=job, start=job.taken, rows=take.rows))
             job.taken += take.rows
             self._service.serve(job.tenant, take.rows * job.macs_per_row)
+        now_s = self._clock()
         for job in [part.job for part in parts if part.job.taken == part.job.rows.shape[0]]:
-            self._service.leave(job.tenant)
+            self._leave(job, now_s)
         self._waiting = [job for job in self._waiting if job.taken < job.rows.shape[0]]
         self._turns += not decision.overtook
-        self._bulk_running += decision.bulk
+        self._sharing.begun(bulk=decision.bulk, now_s=now_s)
         if self._waiting:
             self._wake.notify()  # another worker may find a batch, too
         return _Batch(parts=parts, bulk=decision.bulk)
@@ -314,9 +329,7 @@ class Executor:
         with self._wake:
             self.batches += 1
             self.calls += len(batch.parts)
-            if batch.bulk:
-                self._bulk_running -= 1
-                self._bulk_ended_s = now_s
+            self._sharing.ended(bulk=batch.bulk, took_s=now_s - started_s, now_s=now_s)
             if failure is None:
                 self._rate.measured(rows=rows, macs_per_row=batch.parts[0].job.macs_per_row, seconds=now_s - started_s)
             for part in batch.parts:  # a batch takes rows of a call once
@@ -326,12 +339,19 @@ class Executor:
                 job.failure = job.failure or failure
                 if job.failure is not None and job in self._waiting:  # the rest would be of no use
                     self._waiting.remove(job)
-                    self._service.leave(job.tenant)
+                    self._leave(job, now_s)
                 if job.has_ended:
                     ended.append(job)
-                    interactive = is_interactive(job.rows.shape[0], self._config.batching)
-                    self._pace.answered(job.tenant, job.key, interactive=interactive, now_s=now_s)
+                    self._pace.answered(job.tenant, job.key, interactive=self._is_interactive(job), now_s=now_s)
         return ended
+
+    def _leave(self, job: _Job, now_s: float) -> None:
+        """Nothing of a job waits any longer."""
+        self._service.leave(job.tenant)
+        self._sharing.left(bulk=not self._is_interactive(job), now_s=now_s)
+
+    def _is_interactive(self, job: _Job) -> bool:
+        return is_interactive(job.rows.shape[0], self._config.batching)
 
     @torch.no_grad()
     def _compute(self, parts: list[_Part]) -> None:
@@ -367,11 +387,15 @@ class Executor:
                 tenant=job.tenant,
                 layers=job.key.layers,
                 direction=job.key.direction,
-                interactive=is_interactive(job.rows.shape[0], self._config.batching),
+                interactive=self._is_interactive(job),
                 rows=job.rows.shape[0],
                 queue_s=max(0.0, self._clock() - job.arrived_s - job.computing_s),
                 compute_s=job.computing_s,
             )
+
+
+def _shutting_down() -> HostUnavailableError:
+    return HostUnavailableError("the host is shutting down", "Connect again in a moment")
 
 
 def _place(job: _Job) -> torch.Tensor:

@@ -21,9 +21,10 @@ from flwr.serverapp import Grid, ServerApp
 
 from symbiosis.errors import ConfigurationError, EnrolmentError, IdentityError, SimulationError, SymbiosisError
 from symbiosis.protocols.authority import Authority
+from symbiosis.protocols.canonical import sha256_hex
+from symbiosis.protocols.events import EventLog
 from symbiosis.protocols.signing_request import read_request
 from symbiosis.server.base import HostedBase
-from symbiosis.server.events import EventLog
 from symbiosis.server.host import Host
 from symbiosis.server.service import Service, ServiceConfig
 
@@ -33,6 +34,11 @@ Settings = Mapping[str, Any]
 
 MEASURES = ("tokens", "seconds", "frames", "bytes-sent", "bytes-received", "loss-train", "loss-held-out")
 """Numbers that a tenant reports of a round; whatever else it sends is left aside."""
+
+HEADS_NAME = "heads"
+"""Folder of the workdir for the signed heads of tenants' ledgers, `TENANT.json` each."""
+_MAX_HEAD_BYTES = 8192
+"""Longest signed head of a ledger that is kept."""
 
 POLL_S = 0.5
 """How often replies are looked for while tenants work (seconds)."""
@@ -157,6 +163,7 @@ def _round(run: _Run, number: int) -> None:
             _fail(run, reply.metadata.src_node_id, number, error.message)
             continue
         run.events.write("tenant-round", tenant=name, round=number, **metrics[name])
+        _keep_head(run, reply, name)
     silent = [node for node in run.certificates if run.names[node] not in metrics]
     for node in silent:
         _fail(run, node, number, "no reply in time")
@@ -165,6 +172,18 @@ def _round(run: _Run, number: int) -> None:
     totals = _aggregate(metrics.values())
     run.events.write("round", round=number, **totals)
     _log.info("round %d: %d tenants, held-out loss %.4f", number, len(metrics), totals["loss-held-out"])
+
+
+def _keep_head(run: _Run, reply: Message, name: str) -> None:
+    """Keep what a tenant's key says about its ledger, where the tenant sends it: it cannot be written anew any more."""
+    head = reply.content["ledger"].get("ledger-head") if "ledger" in reply.content else None
+    workdir = run.settings.get("workdir")
+    if not isinstance(head, bytes) or len(head) > _MAX_HEAD_BYTES or not workdir:
+        return
+    folder = Path(str(workdir)) / HEADS_NAME
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_bytes(head + b"\n")
+    run.events.write("ledger-head", tenant=name, sha256=sha256_hex(head))
 
 
 def _order(run: _Run, node: int, number: int) -> RecordDict:

@@ -16,6 +16,7 @@ from symbiosis.errors import FrameError, ShapeError, VersionError
 from symbiosis.protocols.codec import Reply, Request
 from symbiosis.protocols.field import FIELD_DTYPE
 from symbiosis.protocols.field import draw as draw_pad
+from symbiosis.protocols.identity import Clock, utc_now
 from symbiosis.protocols.limits import MAX_MESSAGE_BYTES, PROTOCOL_VERSION
 from symbiosis.protocols.messages import (
     Answer,
@@ -48,6 +49,7 @@ class Host:
         executor: how many compute, and by what rules.
         admission: what tenants may have under way.
         metrics: told what the host does.
+        now: the clock that tenants are told, so that they can compare theirs.
     """
 
     def __init__(
@@ -57,8 +59,10 @@ class Host:
         executor: ExecutorConfig | None = None,
         admission: AdmissionConfig | None = None,
         metrics: Metrics | None = None,
+        now: Clock = utc_now,
     ) -> None:
         self.base = base
+        self._now = now
         self.metrics = metrics or Metrics()
         """For the services, too, which tell it what a host does not see."""
         self._admission = Admission(
@@ -157,6 +161,10 @@ class Host:
         """Mean number of calls that were computed together; 0 before the first."""
         return self._executor.calls / self._executor.batches if self._executor.batches else 0.0
 
+    def drop(self) -> None:
+        """Refuse what is queued: for a host whose sessions were cut."""
+        self._executor.drop()
+
     def close(self) -> None:
         """Answer what is queued, then stop."""
         self._executor.close()
@@ -181,6 +189,7 @@ class Host:
             tenant=tenant,
             manifest_digest=self.base.manifest.digest,
             max_message_bytes=self._admission.max_message_bytes,
+            unix_ms=round(self._now().timestamp() * 1000),
         )
 
     def _blob(self, fetch: Fetch) -> bytes:

@@ -23,7 +23,7 @@ import torch
 from symbiosis.protocols.field import FIELD_DTYPE
 from symbiosis.protocols.messages import Direction, Segment
 from symbiosis.server import field, onednn, skinny
-from symbiosis.server.weight import Weight, fused
+from symbiosis.server.weight import LIMB, Weight, fused
 
 _PIECE_ELEMENTS = 1 << 22
 """Elements of a weight that are widened at a time: 16 MiB of float32."""
@@ -121,7 +121,7 @@ def _forward(x_TI: torch.Tensor, weights: Sequence[Weight], y_TO: torch.Tensor |
             _product(x_TI, weight.in_out(), y_TOk, threads)
             continue
         product_TOk = x_TI.new_empty(y_TOk.shape, dtype=_arithmetic(x_TI, weight.in_out()))
-        _product(x_TI, weight.in_out(), product_TOk, threads)
+        _product_of_limbs(x_TI, weight.limbs(), product_TOk, threads)
         y_TOk.copy_(product_TOk.mul_(weight.scale.to(product_TOk.dtype)))
     return y_TO
 
@@ -139,10 +139,17 @@ def _backward(g_TO: torch.Tensor, weights: Sequence[Weight], g_TI: torch.Tensor 
         wide_TOk = g_TOk.to(dtype)
         wide_TOk = wide_TOk if weight.scale is None else wide_TOk * weight.scale.to(dtype)
         part_TI = g_TO.new_empty((g_TO.shape[0], width), dtype=dtype)
-        _product(wide_TOk, weight.in_out().T, part_TI, 1)
+        _product_of_limbs(wide_TOk, [limb.T for limb in weight.limbs()], part_TI, 1)
         total_TI = part_TI if total_TI is None else total_TI.add_(part_TI)
     answer_TI = g_TO.new_zeros((g_TO.shape[0], width)) if g_TI is None else g_TI
     return answer_TI if total_TI is None else answer_TI.copy_(total_TI)
+
+
+def _product_of_limbs(rows: torch.Tensor, limbs: Sequence[torch.Tensor], out: torch.Tensor, threads: int) -> None:
+    """Write the product with what limbs stand for, the highest first; one alone is the matrix itself."""
+    _product(rows, limbs[0], out, threads)
+    for limb in limbs[1:]:
+        out.mul_(LIMB).add_(_product(rows, limb, torch.empty_like(out), threads))
 
 
 def _product(rows: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor | None, threads: int) -> torch.Tensor:

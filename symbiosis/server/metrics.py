@@ -55,6 +55,9 @@ class Metrics:
     def in_flight(self, *, tenant: str, delta_bytes: int) -> None:
         """So many bytes more, or less, of calls and answers of `tenant` are in the host's memory."""
 
+    def draining(self) -> None:
+        """The host takes no sessions any more."""
+
     def session_opened(self, *, tenant: str) -> None:
         """A session began."""
 
@@ -139,6 +142,10 @@ class HostMetrics(Metrics):
     def in_flight(self, *, tenant: str, delta_bytes: int) -> None:
         """See `Metrics.in_flight`."""
         self._one("in_flight_bytes", self._names.of(tenant)).inc(delta_bytes)
+
+    def draining(self) -> None:
+        """See `Metrics.draining`."""
+        self._series["draining"].set(1)
 
     def session_opened(self, *, tenant: str) -> None:
         """See `Metrics.session_opened`."""

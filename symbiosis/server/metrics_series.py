@@ -104,6 +104,11 @@ SERIES: Final = (
     Series(name="symbiosis_sessions", kind=Kind.GAUGE, help="Sessions that are open.", labels=("tenant",)),
     Series(name="symbiosis_sessions_opened", kind=Kind.COUNTER, help="Sessions that were opened.", labels=("tenant",)),
     Series(
+        name="symbiosis_draining",
+        kind=Kind.GAUGE,
+        help="1 once the host takes no new sessions and ends those that are open, 0 before.",
+    ),
+    Series(
         name="symbiosis_refusals",
         kind=Kind.COUNTER,
         help="Messages and sessions that were refused, by the code of the error.",

@@ -42,16 +42,15 @@ def facts_of(name: str, weight: Weight) -> Facts:
 
 
 def _facts_of_matrix(weight: Weight) -> Facts:
-    stored_OI = weight.in_out().mT
-    height, width = stored_OI.shape
-    device = stored_OI.device
+    width, height = weight.in_out().shape
+    device = weight.device
     squared_scales_O = None if weight.scale is None else weight.scale.square()
     rows_O = torch.empty(height, device=device)
     columns_I, integer_columns_I = torch.zeros(2, width, device=device)
     chunk = max(1, _CHUNK_ELEMENTS // width)
     for start in range(0, height, chunk):
         part = slice(start, start + chunk)
-        squares_CI = stored_OI[part].to(torch.float32).square()
+        squares_CI = weight.unscaled(part).square()
         rows_O[part] = squares_CI.sum(dim=1)
         if squared_scales_O is None:
             columns_I += squares_CI.sum(dim=0)

@@ -1,8 +1,9 @@
 """Products by oneDNN instead of MKL, on the processors and for the dtypes where it is the faster of the two.
 
-PyTorch's CPU builds carry both and take MKL for float32. MKL is made for Intel's processors; on others oneDNN needs 10
-to 20 % less time for the shapes of a transformer (`docs/executor.md`). bfloat16 products are oneDNN's anyway; here its
-weights can be packed beforehand. The operators are those that PyTorch's own compiler calls; where a build lacks them,
+PyTorch's CPU builds carry both and take MKL for float32. MKL is made for Intel's processors; on others with AVX-512, of
+which it makes no use there, oneDNN needs 10 to 20 % less time for the shapes of a transformer (`docs/executor.md`). On
+those with AVX2 alone it needs up to 25 % more. bfloat16 products are oneDNN's anyway; here its weights can be packed
+beforehand. The operators are those that PyTorch's own compiler calls; where a build lacks them,
 `suits` is false.
 
 Shape legend: T rows, I input width, O output width.
@@ -44,8 +45,9 @@ def pack(weight_OI: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def is_faster() -> bool:
-    """Whether this machine's float32 products are oneDNN's: an x86 processor that is not Intel's."""
-    return _is_there() and platform.machine() in {"x86_64", "AMD64"} and "Intel" not in _maker()
+    """Whether this machine's float32 products are oneDNN's: an x86 processor with AVX-512 that is not Intel's."""
+    capable = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return capable and _is_there() and platform.machine() in {"x86_64", "AMD64"} and "Intel" not in _maker()
 
 
 @functools.cache

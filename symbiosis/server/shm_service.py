@@ -5,13 +5,14 @@ first five are those of `service`:
 
 1. TLS 1.3 at least. Before the handshake has succeeded nothing is shared and nothing is read.
 2. The tenant's name comes from the certificate alone, and the certificate is looked at again for every message: one
-   that expires ends the session.
+   that expires or is revoked ends the session.
 3. The first message is a `Hello`; nothing else is answered before one that was welcome.
 4. A refused message is answered with a `Refusal` and the session goes on; one that cannot be read (`FrameError` and its
    like) ends it after the refusal.
 5. No error text of the host's own accidents reaches a tenant.
 6. One request at a time, and the bell rings once for it: a tenant who rings otherwise is hung up on.
 7. The socket lies in a directory that only its owner can enter, and its peers run as the same user, or as root.
+8. A host that drains takes no new sessions, and ends each open one between two messages (`drain`).
 """
 
 from __future__ import annotations
@@ -45,8 +46,11 @@ from symbiosis.protocols.shm_control import ControlChannel
 from symbiosis.protocols.status import refusal_of
 from symbiosis.protocols.tls import host_context
 from symbiosis.protocols.transport import Handler
-from symbiosis.server.answering import Peer, peer_of
+from symbiosis.server.access import Access, Peer
+from symbiosis.server.answering import peer_of
 from symbiosis.server.bells import Bells
+from symbiosis.server.drain import Drain
+from symbiosis.server.host_identity import Contexts, CredentialsSource, source_of
 from symbiosis.server.metrics import Metrics
 from symbiosis.server.shm_session import ShmSession
 
@@ -54,6 +58,8 @@ _log = logging.getLogger(__name__)
 
 _WORKERS = 4
 _BACKLOG = 64
+_FAREWELL_S = 1.0
+"""How long the last words of sessions that have ended may take to leave (seconds)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,9 +91,12 @@ class ShmService:
 
     Args:
         handler: the host.
-        credentials: the host's key and certificate (which must name 127.0.0.1), and the authority that signs tenants.
+        credentials: the host's key and certificate (which must name 127.0.0.1), and the authority that signs tenants;
+            a function is asked at every handshake.
         config: where to listen, and bounds.
         metrics: told what the handler does not see.
+        access: who is let in, and for how long; by default whoever has a certificate, until it expires.
+        drain: shared by services that end together; by default this one's own.
 
     Raises:
         UnsupportedError: this system has no such memory.
@@ -95,15 +104,24 @@ class ShmService:
     """
 
     def __init__(
-        self, handler: Handler, credentials: Credentials, config: ShmConfig, *, metrics: Metrics | None = None
+        self,
+        handler: Handler,
+        credentials: Credentials | CredentialsSource,
+        config: ShmConfig,
+        *,
+        metrics: Metrics | None = None,
+        access: Access | None = None,
+        drain: Drain | None = None,
     ) -> None:
         require_shared_memory()
         self._metrics = metrics or Metrics()
+        self._access = access or Access()
+        self._drain = drain or Drain(self._metrics)
         self._handler = handler
         # A tenant asks for the same few groups again and again, and what a base holds does not change.
         self._expected_width = lru_cache(maxsize=256)(handler.expected_width)
         self._config = config
-        self._context = host_context(credentials)
+        self._contexts = Contexts(source_of(credentials), host_context)
         self._path = Path(config.path)
         self._listener = _listen(self._path)
         self._inode = os.stat(self._path).st_ino
@@ -124,7 +142,9 @@ class ShmService:
         self._closed.wait()
 
     def close(self, *, grace_s: float = 1.0) -> None:
-        """Take no new sessions, let open ones finish for `grace_s` seconds, then end them."""
+        """Drain for at most `grace_s` seconds, then end what is left."""
+        self._drain.begin()
+        drained = self._drain.wait(grace_s)
         with self._changed:
             if self._closing:
                 return
@@ -138,7 +158,7 @@ class ShmService:
             if os.stat(self._path).st_ino == self._inode:
                 os.unlink(self._path)
         with self._changed:
-            self._changed.wait_for(lambda: not self._channels, grace_s)
+            self._changed.wait_for(lambda: not self._channels, _FAREWELL_S if drained else 0.0)
             left = dict(self._channels)
         for channel, thread in left.items():
             channel.hang_up()
@@ -181,7 +201,7 @@ class ShmService:
             connection.close()
             self._handshakes.release()
             return
-        channel = ControlChannel(connection, self._context, server_name=None)
+        channel = ControlChannel(connection, self._contexts.current(), server_name=None)
         thread = threading.Thread(target=self._meet, args=(channel,), name="symbiosis-shm-session", daemon=True)
         with self._changed:
             thread.start()
@@ -190,7 +210,12 @@ class ShmService:
     def _meet(self, channel: ControlChannel) -> None:
         try:
             peer = self._authenticate(channel)
-            if peer is not None:
+            if peer is None:
+                return
+            problem = self._access.turned_away(peer) or self._drain.turned_away()
+            if problem is not None:
+                self._turn_away(channel, peer, problem)  # rules 2 and 8
+            else:
                 self._serve(channel, peer)
         except Exception:
             _log.exception("a session failed")
@@ -227,7 +252,7 @@ class ShmService:
             return
         try:
             with self._handler.open_session(peer.tenant):
-                ShmSession(
+                session = ShmSession(
                     channel,
                     peer,
                     self._handler,
@@ -236,7 +261,11 @@ class ShmService:
                     workers=self._workers,
                     payload_bytes=self._config.max_message_bytes,
                     metrics=self._metrics,
-                ).serve()
+                    access=self._access,
+                    drain=self._drain,
+                )
+                with self._access.watch(peer, session.dismiss):
+                    session.serve()
         except OverloadedError as error:
             self._turn_away(channel, peer, error)
         finally:
@@ -246,7 +275,7 @@ class ShmService:
     def _turn_away(self, channel: ControlChannel, peer: Peer, error: SymbiosisError) -> None:
         """Answer the first message, whatever it is, with a refusal."""
         self._metrics.refused(tenant=peer.tenant, code=error.code)
-        _log.warning("no room for a session of tenant %s", peer.tenant)
+        _log.warning("no session for tenant %s: %s", peer.tenant, error.code)
         with contextlib.suppress(OSError, ProtocolError):
             channel.set_deadline(self._config.handshake_s)
             channel.receive_chunk()

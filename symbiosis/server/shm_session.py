@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import torch
 
-from symbiosis.errors import FrameError, ProtocolError
+from symbiosis.errors import FrameError, ProtocolError, SymbiosisError
 from symbiosis.protocols.codec import Assembler, Request, encode_reply, reply_header, request_reader
 from symbiosis.protocols.messages import Answer, Call, Direction, Draw, Welcome
 from symbiosis.protocols.shm import RING, SharedMemory, create_file
@@ -26,13 +26,16 @@ from symbiosis.protocols.shm_control import ControlChannel
 from symbiosis.protocols.shm_headers import AnswerWriter, CallReader
 from symbiosis.protocols.status import Refusal, refusal_of
 from symbiosis.protocols.transport import Handler, Ticket
-from symbiosis.server.answering import Peer, refuse, reply_to
+from symbiosis.server.access import Access, Peer
+from symbiosis.server.answering import refuse, reply_to
 from symbiosis.server.bells import Bells
+from symbiosis.server.drain import Drain, Visit
 from symbiosis.server.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 
-EXPIRED = Refusal(number=0, code="certificate", message="the certificate has expired", next_action="Enrol again")
+_FAREWELL_S = 1.0
+"""How long the last message of an ended session may take to leave (seconds)."""
 
 INLINE_BYTES = 1 << 20
 """Longer payloads are looked at on another thread, so that a search for NaN does not keep other tenants waiting. So are
@@ -62,6 +65,8 @@ class ShmSession:
         workers: for what takes longer than the bells' thread may.
         payload_bytes: the longest payload of a call or an answer.
         metrics: told of refusals.
+        access: whether the tenant is still let in.
+        drain: of the host.
     """
 
     def __init__(
@@ -75,8 +80,12 @@ class ShmSession:
         workers: Executor,
         payload_bytes: int,
         metrics: Metrics,
+        access: Access,
+        drain: Drain,
     ) -> None:
         self._channel = channel
+        self._access = access
+        self._drain = drain
         self._metrics = metrics
         self._peer = peer
         self._handler = handler
@@ -88,6 +97,8 @@ class ShmSession:
         self._line: _Line | None = None
         self._busy = False
         self._ended = False
+        self._visit: Visit  # while it is served
+        self._farewell: SymbiosisError | None = None
         self._blob_ticket: Ticket | None = None
         self._call_ticket: Ticket | None = None
 
@@ -96,17 +107,41 @@ class ShmSession:
         reader = request_reader(expected_width=_no_calls_here, max_message_bytes=0, admit=self._admit_blob)
         assembler: Assembler[Request | Refusal] = Assembler(reader)
         try:
-            while self._serve_next(assembler):
-                pass
+            with self._drain.visit(self._end_between_messages) as self._visit:
+                while self._serve_next(assembler):
+                    self._visit.message_ends()
         except OSError as error:  # `ssl.SSLError` is one: there is nobody left to tell
             _log.info("the session of tenant %s ends: %s", self._peer.tenant, type(error).__name__)
         finally:
+            self._say_farewell()
             self.end()
+
+    def dismiss(self, problem: SymbiosisError) -> None:
+        """End the session, and tell the tenant why if it listens. From any thread.
+
+        A second call waits for nothing.
+        """
+        if self._farewell is not None:
+            self.end()
+            return
+        self._farewell = problem
+        self._channel.stop_reading()
 
     def end(self) -> None:
         """End the session and let go of its memory, which lives on only as long as a call in it is being computed."""
         self._let_go()
         self._channel.hang_up()
+
+    def _end_between_messages(self) -> None:
+        problem = self._drain.turned_away()
+        if problem is not None:
+            self.dismiss(problem)
+
+    def _say_farewell(self) -> None:
+        if self._farewell is not None:
+            with contextlib.suppress(OSError):
+                self._channel.set_deadline(_FAREWELL_S)
+                self._channel.send(encode_reply(refusal_of(self._farewell, number=0)))
 
     def _let_go(self) -> None:
         with self._lock:
@@ -122,7 +157,10 @@ class ShmSession:
     def _serve_next(self, assembler: Assembler[Request | Refusal]) -> bool:
         """Answer one chunk; whether the session goes on."""
         try:
-            request = assembler.feed(self._channel.receive_chunk())
+            chunk = self._channel.receive_chunk()
+            if not self._visit.message_begins():
+                return False  # rule 8
+            request = assembler.feed(chunk)
         except ProtocolError as error:
             _log.warning("tenant %s sent a chunk that cannot be read: %s", self._peer.tenant, error.code)
             self._metrics.refused(tenant=self._peer.tenant, code=error.code)
@@ -130,8 +168,9 @@ class ShmSession:
             return False  # rule 4
         if request is None or isinstance(request, Refusal):  # no calls come this way, so nothing is refused unread
             return True
-        if self._peer.expired:
-            self._channel.send(encode_reply(EXPIRED))
+        problem = self._access.problem(self._peer)
+        if problem is not None:
+            self._channel.send(encode_reply(refusal_of(problem, number=0)))
             return False  # rule 2
         greeted = self._line is not None
         try:
@@ -217,12 +256,15 @@ class ShmSession:
         header = line.memory.requests.take()
         if rung != RING or header is None:
             raise FrameError("the bell rang for nothing", "Ring it once for every request")  # rule 6
+        if not self._visit.message_begins():
+            return None  # rule 8
         self._busy = True
         return header
 
     def _take_call(self, header: bytes, line: _Line) -> bool:
-        if self._peer.expired:
-            self._send(reply_header(EXPIRED))
+        problem = self._access.problem(self._peer)
+        if problem is not None:
+            self._send(reply_header(refusal_of(problem, number=0)))
             return False  # rule 2
         call = line.calls.read(header)
         if isinstance(call, Draw) or call.rows.nbytes > INLINE_BYTES:
@@ -269,10 +311,12 @@ class ShmSession:
             if line is None:
                 return  # ended meanwhile
             line.memory.replies.put(header, payload)
-            self._busy = False
+            was_busy, self._busy = self._busy, False
             # A full pipe rings already; a closed one has nobody to hear it.
             with contextlib.suppress(OSError):
                 os.write(line.tenant_bell, RING)
+        if was_busy:  # and not just refused for what was no message
+            self._visit.message_ends()
 
 
 def _pipe(undo: contextlib.ExitStack, tenants_own: contextlib.ExitStack, *, own: int) -> tuple[int, int]:

@@ -50,6 +50,11 @@ class Stream:
         self.ended = False
         """Whether the stream cannot go on after the chunks that the last `feed` gave."""
 
+    @property
+    def between_messages(self) -> bool:
+        """Whether no part of a message has come that is not answered yet; after a `feed` that was taken to its end."""
+        return self._begun_s is None
+
     def feed(self, chunk: bytes) -> Iterator[bytes]:
         """Take a chunk from the tenant and, if it completes a message, give the chunks of its reply."""
         self._stopwatch.stop()

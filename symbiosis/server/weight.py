@@ -1,4 +1,7 @@
-"""A hosted weight: floating point as it came, or int8 with one scale per output row.
+"""A hosted weight: floating point as it came, or integers of 8 or 15 bits with one scale per output row.
+
+An integer of 15 bits is held as two limbs of eight, `256 high + low`, so that whatever multiplies by eight bits
+multiplies by it twice.
 
 Shape legend: O output width, I input width; a stack has a leading dimension E. `(..., O, I)` is the weight as a map,
 whichever way it is stored.
@@ -6,16 +9,19 @@ whichever way it is stored.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from symbiosis.protocols.manifest import Orientation
+from symbiosis.protocols.manifest import Orientation, Storage
+from symbiosis.protocols.quantisation import numbers_of, rounded
 from symbiosis.server.placement import block_of
 
-INT8_MAX = 127
+LIMB = 2**8
+"""What the higher limb of an integer counts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -24,6 +30,8 @@ class Neighbours:
 
     stored: torch.Tensor
     """All elements, `(sum of O, I)`."""
+    low: torch.Tensor | None
+    """All lower limbs, likewise."""
     scale: torch.Tensor | None
     """All scales, `(sum of O,)`."""
 
@@ -33,13 +41,15 @@ class Weight:
     """A frozen weight as the host holds it."""
 
     stored: torch.Tensor
-    """Elements as stored; int8 where `scale` is given."""
+    """Elements as stored; int8 where `scale` is given, of two limbs the higher one."""
     orientation: Orientation
     """How it is stored."""
     dtype: torch.dtype
-    """What the weight was before it was quantised, and what it counts as."""
+    """What the weight counts as: what it was, or float32 where sixteen bits cannot tell its integers apart."""
     scale: torch.Tensor | None = None
     """Scale of each output row, float32, shape `(..., O)`; `None` for a floating-point weight."""
+    low: torch.Tensor | None = None
+    """The lower limbs of integers of 15 bits, int8, like `stored`."""
     neighbours: Neighbours | None = None
     """What `stored` is a part of, if it was laid out beside others."""
     start: int = 0
@@ -47,8 +57,7 @@ class Weight:
 
     def matrix(self, index: int) -> Weight:
         """One matrix of a stack."""
-        scale = self.scale[index] if self.scale is not None else None
-        return Weight(stored=self.stored[index], orientation=self.orientation, dtype=self.dtype, scale=scale)
+        return self._each(lambda tensor: tensor[index])
 
     @property
     def parameters_per_row(self) -> int:
@@ -63,37 +72,69 @@ class Weight:
     @property
     def byte_count(self) -> int:
         """Bytes that it takes."""
-        return self.stored.nbytes + (self.scale.nbytes if self.scale is not None else 0)
+        return sum(tensor.nbytes for tensor in (self.stored, self.low, self.scale) if tensor is not None)
 
     def to(self, device: torch.device) -> Weight:
         """The same weight on `device`; itself where it is there already."""
-        scale = self.scale.to(device) if self.scale is not None else None
-        return Weight(stored=self.stored.to(device), orientation=self.orientation, dtype=self.dtype, scale=scale)
+        return self._each(lambda tensor: tensor.to(device))
 
     def in_out(self) -> torch.Tensor:
         """The stored elements as `(..., I, O)`, a view."""
-        return self.stored.mT if self.orientation is Orientation.OUT_IN else self.stored
+        return self._as_in_out(self.stored)
+
+    def limbs(self) -> tuple[torch.Tensor, ...]:
+        """What is stored, as `(..., I, O)`, views: the elements, or the limbs of integers, the highest first."""
+        return tuple(self._as_in_out(limb) for limb in (self.stored, self.low) if limb is not None)
+
+    def unscaled(self, part: slice = slice(None)) -> torch.Tensor:
+        """Output rows of a matrix before they are scaled, `(C, I)` in float32, in which integers are exact."""
+        return _joined([limb.mT[part] for limb in self.limbs()])
 
     def dense(self) -> torch.Tensor:
         """The weight in `dtype`, in its stored orientation; what a tenant gets who may download it."""
         if self.scale is None:
             return self.stored
-        scale = self.scale.unsqueeze(-1 if self.orientation is Orientation.OUT_IN else -2)
-        return (self.stored.to(torch.float32) * scale).to(self.dtype)
+        integers = _joined([limb for limb in (self.stored, self.low) if limb is not None])
+        return numbers_of(integers, self.scale, self.orientation, self.dtype)
+
+    def _as_in_out(self, stored: torch.Tensor) -> torch.Tensor:
+        return stored.mT if self.orientation is Orientation.OUT_IN else stored
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Weight:
+        """The weight with every tensor changed; it lies beside no other any more."""
+        return Weight(
+            stored=change(self.stored),
+            orientation=self.orientation,
+            dtype=self.dtype,
+            scale=change(self.scale) if self.scale is not None else None,
+            low=change(self.low) if self.low is not None else None,
+        )
 
 
-def quantised(weight: torch.Tensor, orientation: Orientation) -> Weight:
-    """Round a weight to int8, each output row scaled to its own largest element (symmetric, round to nearest).
+def quantised(weight: torch.Tensor, orientation: Orientation, storage: Storage = Storage.INT8) -> Weight:
+    """Round a weight to integers, as `protocols.quantisation` does.
 
     Args:
         weight: floating point, two dimensions or three.
         orientation: how it is stored.
+        storage: of which integers.
     """
-    inputs = -1 if orientation is Orientation.OUT_IN else -2
-    full = weight.detach().to(torch.float32)
-    scale = full.abs().amax(dim=inputs, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / INT8_MAX
-    stored = (full / scale).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
-    return Weight(stored=stored, orientation=orientation, dtype=weight.dtype, scale=scale.squeeze(inputs))
+    integers, scale = rounded(weight, orientation, storage)
+    if storage is Storage.INT8:
+        return Weight(stored=integers.to(torch.int8), orientation=orientation, dtype=weight.dtype, scale=scale)
+    high = ((integers + LIMB // 2) / LIMB).floor_()  # so that the lower limb is one of -128 to 127
+    return Weight(
+        stored=high.to(torch.int8),
+        orientation=orientation,
+        dtype=torch.promote_types(weight.dtype, torch.float32),
+        scale=scale,
+        low=(integers - high * LIMB).to(torch.int8),
+    )
+
+
+def _joined(limbs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """What limbs stand for, the highest first; float32."""
+    return functools.reduce(lambda high, low: high * LIMB + low, [limb.to(torch.float32) for limb in limbs])
 
 
 def fused(weights: Sequence[Weight]) -> list[Weight]:
@@ -131,11 +172,13 @@ def lay_out(
             weights[position] = replace(weights[position], stored=weights[position].stored.clone())
             moved(position, weights[position])
             continue
-        scales = [weight.scale for weight in (weights[position] for position in run) if weight.scale is not None]
+        members = [weights[position] for position in run]
         neighbours = Neighbours(
-            stored=torch.cat([weights[position].stored for position in run]),
-            scale=torch.cat(scales) if scales else None,
+            stored=torch.cat([weight.stored for weight in members]),
+            low=_beside([weight.low for weight in members]),
+            scale=_beside([weight.scale for weight in members]),
         )
+        del members  # they hold the old places
         start = 0
         for position in run:
             rows = weights[position].stored.shape[0]
@@ -152,10 +195,21 @@ def _follows(before: Weight, weight: Weight) -> bool:
 def _part(weight: Weight, neighbours: Neighbours | None, start: int, rows: int) -> Weight:
     if neighbours is None:
         return weight
-    scale = neighbours.scale[start : start + rows] if neighbours.scale is not None else None
+    part = slice(start, start + rows)
     return replace(
-        weight, stored=neighbours.stored[start : start + rows], scale=scale, neighbours=neighbours, start=start
+        weight,
+        stored=neighbours.stored[part],
+        low=neighbours.low[part] if neighbours.low is not None else None,
+        scale=neighbours.scale[part] if neighbours.scale is not None else None,
+        neighbours=neighbours,
+        start=start,
     )
+
+
+def _beside(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """Tensors of neighbours one after the other; either all have one or none."""
+    there = [tensor for tensor in tensors if tensor is not None]
+    return torch.cat(there) if there else None
 
 
 def _runs(names: Sequence[str], weights: Sequence[Weight]) -> list[list[int]]:
@@ -165,7 +219,8 @@ def _runs(names: Sequence[str], weights: Sequence[Weight]) -> list[list[int]]:
         weight = weights[position]
         if weight.orientation is not Orientation.OUT_IN or weight.stored.dim() != 2:
             return (position,)
-        return block_of(names[position]), weight.stored.shape[1], weight.stored.dtype, weight.dtype, weight.device
+        held = weight.stored.dtype, weight.low is None, weight.dtype, weight.device
+        return block_of(names[position]), weight.stored.shape[1], *held
 
     return [list(run) for _, run in itertools.groupby(range(len(weights)), key=kind)]
 

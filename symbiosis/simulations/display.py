@@ -12,7 +12,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 from rich.text import Text
 
-from symbiosis.simulations.results import SimulationResult, TenantResult
+from symbiosis.privacy.report.files import HTML_NAME
+from symbiosis.simulations.results import NOT_MADE, REPORTS_NAME, SimulationResult, TenantResult
 from symbiosis.simulations.simulate import Event, SimulationConfig
 
 
@@ -100,6 +101,14 @@ class Display:
         self._progress.advance(self._control)
         del event
 
+    def _on_audit_started(self, event: Event) -> None:
+        self._audit = self._progress.add_task("audit", total=event["tenants"], note="attacks on what the host saw")
+
+    def _on_audit(self, event: Event) -> None:
+        self._progress.advance(self._audit)
+        if event["why"] is not None:
+            self._console.print(Text(f"{event['tenant']} could not be audited: {event['why']}", style="red"))
+
     def _note(self, task: TaskID, note: str) -> None:
         self._progress.update(task, note=note)
 
@@ -120,6 +129,7 @@ def summary(result: SimulationResult) -> RenderableType:
     directory = Path(result.directory)
     parts.append(Text(f"Adapters: {directory / 'tenants' / '*' / 'adapter'}"))
     parts.append(Text(f"Loss plot: {directory / 'losses.png'}   All figures: {directory / 'result.json'}"))
+    parts += _verdicts(result, directory / REPORTS_NAME)
     parts.append(
         Text(
             f"Privacy: {result.privacy['mode']}. Promise: {result.privacy['promise']}.",
@@ -127,6 +137,18 @@ def summary(result: SimulationResult) -> RenderableType:
         )
     )
     return Group(*parts)
+
+
+def _verdicts(result: SimulationResult, folder: Path) -> list[RenderableType]:
+    """A line for each report of the audit: what its policy says, and where it is."""
+    parts: list[RenderableType] = []
+    for name, verdict in result.reports.items():
+        style = "green" if verdict == "passed" else "red"
+        where = f": {folder / name / HTML_NAME}" if verdict != NOT_MADE else ""
+        parts.append(Text.assemble(f"Audit of {name}: ", (verdict, style), where))
+    if result.unkept:
+        parts.append(Text(f"Custody was broken, or not checked: {', '.join(result.unkept)}", style="red"))
+    return parts
 
 
 def _table(result: SimulationResult) -> Table:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from symbiosis.clients.base import Base
-from symbiosis.clients.connection import HELPER_FOLDER, connect, open_session
+from symbiosis.clients.connection import HELPER_FOLDER, connect, open_recording, open_session
 from symbiosis.clients.experts import Experts, experts_of
 from symbiosis.clients.gate import EgressGate
 from symbiosis.clients.helper import HelperSession
+from symbiosis.clients.row_buckets import RowBuckets, row_buckets_of
+from symbiosis.clients.truth import TruthConfig
 from symbiosis.errors import ConfigurationError, UnsupportedError
 from symbiosis.privacy.ledger import Ledger
 from symbiosis.privacy.mechanism import Mechanism
@@ -23,7 +26,7 @@ from symbiosis.protocols.identity_directory import create_request, install_certi
 from symbiosis.protocols.inprocess import InProcessTransport
 from symbiosis.protocols.manifest import Publish, Storage
 from symbiosis.protocols.messages import wire_dtype_of
-from symbiosis.protocols.transcript import TranscriptWriter
+from symbiosis.protocols.transcript import Recording
 from symbiosis.server.admission import AdmissionConfig
 from symbiosis.server.base import HostedBase, host_model, load_base
 from symbiosis.server.host import Host
@@ -42,12 +45,18 @@ _ONE_TENANT = AdmissionConfig(
 """Whoever uses a local base is that one tenant, from however many processes: it may have what a host gives to all."""
 
 
+class _Hiding(TypedDict):
+    row_buckets: RowBuckets | None
+    allow_operands: bool
+
+
 def local_base(
     model_or_path: PreTrainedModel | str | Path,
     *,
     transport: str = "inprocess",
     privacy: str | Mechanism = "plaintext",
-    record: str | Path | None = None,
+    record: Recording | str | Path | None = None,
+    truth: TruthConfig | str | Path | None = None,
     ledger: str | Path | None = None,
     publish: Publish | str = Publish.HALF,
     weights: Storage | str = Storage.FLOAT,
@@ -55,6 +64,9 @@ def local_base(
     devices: Devices = (),
     experts: Experts | str = Experts.CALLED,
     wire_dtype: str = "auto",
+    verify: bool = False,
+    row_buckets: RowBuckets | str | Sequence[int] | None = None,
+    allow_operands: bool = False,
 ) -> Base:
     """Host a base here and connect to it.
 
@@ -67,14 +79,18 @@ def local_base(
             memory, under an authority of its own. Whoever runs both sees the rows; it is for experiments. `"pad"` holds
             a float base as int8 by itself.
         record: as `connect`.
+        truth: as `connect`.
         ledger: file to continue or begin; by default one that is removed when the base is closed.
         publish: what the host publishes; `"all"` lets operations that need a hosted weight's numbers download it.
-        weights: `"float"`, or `"int8"` to hold them rounded to eight bits, one scale per output row.
+        weights: `"float"`, or `"int8"` or `"int15"` to hold them rounded to so many bits, one scale per output row.
         dtype: dtype of a base that is loaded; `auto` keeps the file's.
         devices: where the host holds the weights: `"cuda:0"`, or `("cuda:0", "cuda:1")` for ranges of layers; by
             default where the model is. In process, rows of a model on a device stay there.
         experts: as `connect`.
         wire_dtype: as `connect`.
+        verify: as `connect`; with `publish="all"`.
+        row_buckets: as `connect`.
+        allow_operands: as `connect`.
 
     Raises:
         ConfigurationError: the base cannot be hosted, or an argument cannot be used.
@@ -83,7 +99,10 @@ def local_base(
         message = f"there is no transport {transport!r} in this version"
         raise UnsupportedError(message, "Use 'inprocess', 'shm' or 'grpc'")
     mechanism, choice, usable = resolve_mechanism(privacy), experts_of(experts), usable_devices(devices)
-    storage = Storage.INT8 if mechanism.needs_integers else Storage(weights)
+    hiding: _Hiding = {"row_buckets": row_buckets_of(row_buckets), "allow_operands": allow_operands}
+    storage = Storage(weights)
+    if mechanism.needs_integers and storage is Storage.FLOAT:
+        storage = Storage.INT8
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="symbiosis-local-")))
         hosted = _hosted(model_or_path, dtype, publish=Publish(publish), storage=storage, devices=usable)
@@ -98,20 +117,29 @@ def local_base(
                 privacy=mechanism,
                 helper=_serve(second, transport, identity / HELPER_FOLDER, stack) if second is not None else None,
                 record=record,
+                truth=truth,
                 ledger=ledger_path,
                 cache=None,
                 experts=choice,
                 wire_dtype=wire_dtype,
+                verify=verify,
+                **hiding,
             )
         else:
-            transcript = TranscriptWriter(record) if record is not None else None
+            undo = stack.enter_context(contextlib.ExitStack())
+            transcript, watch = open_recording(record, truth, undo)
             book = Ledger.open(ledger_path, tenant=LOCAL_TENANT)
             stack.callback(book.close)
             gate = EgressGate(book, destination="inprocess", transcript=transcript)
             wire = InProcessTransport(host, tenant=LOCAL_TENANT)
             helper = _helper(second, book) if second is not None else None
-            session = open_session(wire, gate, mechanism, wire_dtype=wire_dtype_of(wire_dtype), helper=helper)
-            base = Base(session, book, experts=choice, helper=helper)
+            rounded = wire_dtype_of(wire_dtype)
+            session = open_session(wire, gate, mechanism, wire_dtype=rounded, helper=helper, verify=verify, **hiding)
+            base = Base(session, book, experts=choice, helper=helper, watch=watch)
+            undo.pop_all()
+        # A base that nobody closes is closed when the process ends; its services would keep that from ending.
+        atexit.register(base.close)
+        stack.callback(atexit.unregister, base.close)
         return base.own(stack.pop_all().close)
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from symbiosis.clients.egress_mod import ERROR_NAME
 from symbiosis.clients.flower_app import ADAPTER_NAME, LEDGER_NAME, RESULT_NAME
 
+REPORTS_NAME = "report"
+"""Folder for the reports of an audit, one for each tenant and one for the run."""
+NOT_MADE = "not made"
+"""What stands for the verdict of a tenant whose audit failed."""
 LOSS_TOLERANCE = 1e-3
 """How far the split run's loss may be from the local run's (nats per token)."""
 
@@ -87,18 +91,26 @@ class SimulationResult:
     """How rows were hidden from the host: `mode` and `promise`."""
     weights: str = "float"
     """In what the host held the base; the local run's are always as they came."""
+    reports: Mapping[str, str] = field(default_factory=dict)
+    """With an audit: what the default policy says, by tenant and for the `run`; the reports are in `report/`."""
+    unkept: tuple[str, ...] = ()
+    """With an audit: tenants of whom a rule of custody was broken, or whose audit could not be made."""
 
     @property
     def sound(self) -> bool:
-        """Whether every tenant finished, with the loss of the local run where both had the same base."""
-        return all(tenant.failure is None and (tenant.agrees or self.weights != "float") for tenant in self.tenants)
+        """Whether every tenant finished, with the loss of the local run where both had the same base, and custody held.
+
+        What attacks recovered is no part of it: the mode promises nothing there, and the reports judge it.
+        """
+        finished = all(tenant.failure is None and (tenant.agrees or self.weights != "float") for tenant in self.tenants)
+        return finished and not self.unkept
 
     def to_json(self) -> dict[str, Any]:
         """The object that `symbiosis simulate --json` prints."""
         fields = asdict(self)
         for tenant in fields["tenants"]:
             tenant |= {key: [list(pair) for pair in tenant[key]] for key in ("losses", "losses_held_out")}
-        return fields | {"sound": self.sound}
+        return fields | {"reports": dict(self.reports), "unkept": list(self.unkept), "sound": self.sound}
 
 
 def read_tenant(home: Path, *, name: str, corpus: str, failure: str | None, wanted_rounds: int) -> TenantResult:

@@ -7,27 +7,39 @@ import logging
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from symbiosis.clients.training import TrainingConfig
 from symbiosis.errors import ConfigurationError, SimulationError, UnknownBaseError
 from symbiosis.privacy.modes import privacy_report, resolve_mechanism
 from symbiosis.protocols.manifest import Storage
+from symbiosis.server.flower_app import HEADS_NAME
 from symbiosis.simulations.builtin import BUILTIN, resolve_base
 from symbiosis.simulations.corpora import HELD_OUT_PACKAGES
 from symbiosis.simulations.data import corpus_of
 from symbiosis.simulations.flower_run import FlowerRun, flower_run, is_completed, is_finished
-from symbiosis.simulations.results import LocalRun, SimulationResult, TenantResult, read_tenant, write_result
+from symbiosis.simulations.results import (
+    REPORTS_NAME,
+    LocalRun,
+    SimulationResult,
+    TenantResult,
+    read_tenant,
+    write_result,
+)
+
+if TYPE_CHECKING:
+    from symbiosis.simulations.audit.simulated import SimulationAudit
 
 _log = logging.getLogger(__name__)
 
 Event = Mapping[str, Any]
-"""One line of the server's `events.jsonl`, or one of this module's own (`control-started`, `control`)."""
+"""One line of the server's `events.jsonl`, or one that is made here: `control-started`, `control`, and those of the
+audit, `audit-started` and `audit`."""
 
 PRIVACY = "plaintext"
 """The mode of every simulated tenant, which is what `apps.client_app` has."""
@@ -54,10 +66,16 @@ class SimulationConfig:
     """Whether the same training is done on an ordinary local model too."""
     weights: Storage = Storage.FLOAT
     """In what the host holds the base's weights."""
+    audit: bool = False
+    """Whether each tenant records its last round, which is attacked and reported on at the end."""
+    audit_s: float = 300.0
+    """Wall time for the attacks of all tenants (seconds)."""
 
     def __post_init__(self) -> None:
         if self.tenants < 1:
             raise ConfigurationError(f"a simulation of {self.tenants} tenants", "Ask for at least 1")
+        if not self.audit_s > 0:
+            raise ConfigurationError(f"attacks of {self.audit_s:g} seconds", "Give them more than 0 seconds")
 
 
 def default_workdir() -> Path:
@@ -86,6 +104,7 @@ def simulate(config: SimulationConfig, *, report: Callable[[Event], None] = lamb
     tenants = [_read(workdir, config, partition, failures) for partition in range(config.tenants)]
     if config.control:
         tenants = _with_controls(tenants, config, workdir, report)
+    audit = _audited(tenants, config, workdir, report) if config.audit else None
     result = SimulationResult(
         tenants=tuple(tenants),
         rounds=config.training.rounds,
@@ -95,9 +114,23 @@ def simulate(config: SimulationConfig, *, report: Callable[[Event], None] = lamb
         training=asdict(config.training),
         privacy=privacy_report(resolve_mechanism(PRIVACY)),
         weights=config.weights.value,
+        reports=audit.verdicts if audit is not None else {},
+        unkept=audit.unkept if audit is not None else (),
     )
     write_result(result, workdir)
     return result
+
+
+def _audited(
+    tenants: Sequence[TenantResult], config: SimulationConfig, workdir: Path, report: Callable[[Event], None]
+) -> SimulationAudit:
+    """A report for each tenant that finished, and one for the run."""
+    from symbiosis.simulations.audit.simulated import audit_simulation  # noqa: PLC0415 - loads torch and SciPy
+
+    homes = {tenant.name: workdir / "tenants" / tenant.name for tenant in tenants if tenant.failure is None}
+    return audit_simulation(
+        homes, workdir / REPORTS_NAME, heads=workdir / HEADS_NAME, budget_s=config.audit_s, report=report
+    )
 
 
 def _prepare(config: SimulationConfig) -> Path:
@@ -130,6 +163,7 @@ def _settings(config: SimulationConfig, workdir: Path) -> dict[str, Any]:
         "corpora": corpora,
         "workdir": str(workdir),
         "weights": config.weights.value,
+        "audit": config.audit,
     }
 
 

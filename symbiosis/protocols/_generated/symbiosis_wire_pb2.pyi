@@ -131,18 +131,20 @@ class ReplyHeader(_message.Message):
     def __init__(self, number: _Optional[int] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., blob: _Optional[_Union[Blob, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("protocol", "release", "tenant", "manifest_digest", "max_message_bytes")
+    __slots__ = ("protocol", "release", "tenant", "manifest_digest", "max_message_bytes", "unix_ms")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     release: str
     tenant: str
     manifest_digest: str
     max_message_bytes: int
-    def __init__(self, protocol: _Optional[int] = ..., release: _Optional[str] = ..., tenant: _Optional[str] = ..., manifest_digest: _Optional[str] = ..., max_message_bytes: _Optional[int] = ...) -> None: ...
+    unix_ms: int
+    def __init__(self, protocol: _Optional[int] = ..., release: _Optional[str] = ..., tenant: _Optional[str] = ..., manifest_digest: _Optional[str] = ..., max_message_bytes: _Optional[int] = ..., unix_ms: _Optional[int] = ...) -> None: ...
 
 class Answer(_message.Message):
     __slots__ = ("dtype", "rows", "width", "byte_count")

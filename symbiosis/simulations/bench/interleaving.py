@@ -97,5 +97,5 @@ def _side_json(rounds: Sequence[Round]) -> dict[str, Any]:
     speeds = [one.tokens_per_s for one in rounds]
     return {
         "tokens_per_s": summary(speeds).to_json(),
-        "rounds": [{"tokens": one.tokens, "seconds": one.seconds, "tokens_per_s": one.tokens_per_s} for one in rounds],
+        "rounds": [one.to_json() for one in rounds],
     }

@@ -144,7 +144,7 @@ def sample(side: Side, *, window_s: float) -> SideMemory:
 
     def tick() -> bool:
         nonlocal ticks_left
-        hosts = memory_of([side.host_pid]) if isinstance(side, Ours) else Memory()
+        hosts = memory_of(side.host_pids)
         host.append(hosts)
         samples.append(hosts + memory_of(worker.pid for worker in side.workers))
         if len(forwards) == len(side.workers):

@@ -157,7 +157,49 @@ def _draw_privacy(figure: Any, result: Mapping[str, Any]) -> None:
     figure.suptitle("privacy modes next to plaintext, same int8 base", fontsize=11)
 
 
+def _draw_matrix(figure: Any, result: Mapping[str, Any]) -> None:
+    """For each target and mode the figure that is worst for the tenant, with its interval, and chance."""
+    rows = [row for row in result["results"] if row["status"] == "measured" and row["chance"] is not None]
+    # Attacks on the released adapter look at no traffic, and are alike in every mode.
+    rows = [row for row in rows if row["target"] != "membership" or row["channel"]["direction"]]
+    targets = [name for name in ("tokens", "labels", "adapter", "membership") if any(r["target"] == name for r in rows)]
+    modes = result["settings"]["modes"]
+    for axis, target in zip(figure.subplots(1, len(targets), squeeze=False, sharey=True)[0], targets, strict=True):
+        of_target = [row for row in rows if row["target"] == target and (row["rate"] or row["better"] == "lower")]
+        for place, mode in enumerate(modes):
+            found = [row for row in of_target if row["mode"] == mode]
+            if not found:
+                continue
+            worst = max(found, key=_success)
+            low, high = sorted((_success(worst, worst["low"]), _success(worst, worst["high"])))
+            at = _success(worst)
+            axis.errorbar(
+                at, place, xerr=[[max(0, at - low)], [max(0, high - at)]], fmt="o", color="C3" if at > 0.1 else "C2"
+            )
+            axis.annotate(
+                worst["attack"].partition(".")[2], (at, place), textcoords="offset points", xytext=(0, 6), fontsize=6
+            )
+        axis.axvline(0, color="0.6", linewidth=0.8, linestyle="--")
+        axis.set_xlim(-0.1, 1.1)
+        axis.set_yticks(range(len(modes)), modes, fontsize=8)
+        axis.set_title(target, fontsize=10)
+        axis.invert_yaxis() if not axis.yaxis_inverted() else None
+    figure.suptitle(
+        "what the host recovers, best attack: 0 is chance, 1 is everything (errors: share of chance's error gone)",
+        fontsize=10,
+    )
+
+
+def _success(row: Mapping[str, Any], value: float | None = None) -> float:
+    """A figure between chance (0) and everything (1)."""
+    shown, chance = row["value"] if value is None else value, row["chance"]
+    if row["better"] == "lower":
+        return 1.0 - shown / chance if chance else 0.0
+    return (shown - chance) / (1.0 - chance) if chance < 1.0 else 0.0
+
+
 _DRAW: dict[str, Draw] = {
+    "audit_matrix": _draw_matrix,
     "tenants": _draw_tenants,
     "scale": _draw_scale,
     "call": _draw_call,

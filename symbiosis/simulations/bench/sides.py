@@ -12,6 +12,7 @@ from typing import Any
 
 from symbiosis.simulations.bench.config import HostOptions, ModelShape, Work
 from symbiosis.simulations.bench.processes import Message, Pool, Worker
+from symbiosis.simulations.bench.processor_time import processor_s
 
 OBSERVE_S = 0.25
 """How often memory is looked at (seconds)."""
@@ -26,11 +27,25 @@ class Round:
     """From the common start to the end of the last process."""
     answers: tuple[Message, ...]
     """By process."""
+    processor_s: float | None = None
+    """What all processes of the side used of all processors meanwhile, the host's included; `None` if not counted."""
+    host_processor_s: float | None = None
+    """The host's part of it."""
 
     @property
     def tokens_per_s(self) -> float:
         """Of all processes together."""
         return self.tokens / self.seconds
+
+    def to_json(self) -> dict[str, Any]:
+        """What was measured, without the answers."""
+        return {
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "tokens_per_s": self.tokens_per_s,
+            "processor_s": self.processor_s,
+            "host_processor_s": self.host_processor_s,
+        }
 
 
 class Side:
@@ -45,7 +60,12 @@ class Side:
     @property
     def pids(self) -> list[int]:
         """Every process that was started for this side."""
-        return [worker.pid for worker in self.workers]
+        return [*self.host_pids, *(worker.pid for worker in self.workers)]
+
+    @property
+    def host_pids(self) -> list[int]:
+        """Those of a host, if this side has one."""
+        return []
 
     def grow(self, count: int) -> None:
         """Have `count` processes at least."""
@@ -73,6 +93,7 @@ class Side:
             **fields: of the command.
         """
         chosen = list(workers or self.workers)
+        used_s, host_used_s = processor_s(self.pids), processor_s(self.host_pids)
         started = time.monotonic()
         for worker in chosen:
             worker.send(command, fields)
@@ -86,6 +107,8 @@ class Side:
             tokens=sum(answer["tokens"] for answer in answers),
             seconds=max(answer["ended_s"] for answer in answers) - started,
             answers=tuple(answers),
+            processor_s=processor_s(self.pids) - used_s,
+            host_processor_s=processor_s(self.host_pids) - host_used_s,
         )
 
     def close(self) -> None:
@@ -138,14 +161,9 @@ class Ours(Side):
         self._description: Message = {}
 
     @property
-    def pids(self) -> list[int]:
-        """The host's, and the tenants'."""
-        return [*([self._host.pid] if self._host is not None else []), *super().pids]
-
-    @property
-    def host_pid(self) -> int:
-        """The host's."""
-        return self.pids[0]
+    def host_pids(self) -> list[int]:
+        """See `Side.host_pids`."""
+        return [self._host.pid] if self._host is not None else []
 
     def serve(self, directory: Path, options: HostOptions, *, transports: Sequence[str], tenants: int) -> None:
         """Serve a base to a number of tenants from a fresh process: an older one may hold what it served before."""

@@ -1,4 +1,4 @@
-"""Progress of a run as JSON lines: written by the server, read by whoever shows it."""
+"""What happens in a run, as JSON lines: written by the server, or a worker, and read by whoever shows it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,5 @@
+"""`python -m symbiosis.cli`, where the command `symbiosis` is not on the path."""
+
+from symbiosis.cli.app import main
+
+main()

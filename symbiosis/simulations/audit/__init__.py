@@ -1,0 +1,1 @@
+"""`symbiosis audit matrix`: every attack against every mode, on work that is made and recorded here."""

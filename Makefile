@@ -31,9 +31,10 @@ results: setup ## Run the main job again and renew the README's figures
 	cp runs/results/losses.png docs/results/losses.png
 	$(BIN)/python scripts/readme_tables.py
 
-# Files go to as many processes as there are cores, so each has one thread for its products.
+# Files go to as many processes as there are cores, so each has one thread for its products; tests/conftest.py says in
+# which order.
 test: setup ## Run all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 models: setup ## Walk the registry of transformers: every type split against local, and renew the README's table
 	$(BIN)/python tests/models/walk.py

@@ -40,6 +40,24 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "every-build"))
 
 transformers_logging.disable_progress_bar()
 
+# Files that take longest, which start first: whoever gets one at the end keeps everybody waiting. Those that start Ray
+# stand apart, so that they do not all start it at once.
+LONGEST = (
+    "test_readme",
+    "test_bench",
+    "test_simulation",
+    "test_reliability",
+    "test_simulated",
+    "test_privacy_cli",
+    "test_trusted_worker",
+    "test_audit_flow",
+    "test_resume",
+    "test_train_cli",
+    "test_examples",
+    "test_generate_cli",
+    "test_audit_walk",
+)
+
 OpenBase = Callable[..., Base]
 Enrol = Callable[..., Path]
 Serve = Callable[..., Service]
@@ -47,6 +65,12 @@ ServeShm = Callable[..., ShmService]
 Join = Callable[..., Base]
 OpenStream = Callable[..., RawStream]
 FlowerMessage = Callable[..., Any]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; the order within a file, and of all others, stays."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture(autouse=True)

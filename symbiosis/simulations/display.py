@@ -13,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from symbiosis.privacy.report.files import HTML_NAME
+from symbiosis.simulations.flower_watch import Event
 from symbiosis.simulations.results import NOT_MADE, REPORTS_NAME, SimulationResult, TenantResult
-from symbiosis.simulations.simulate import Event, SimulationConfig
+from symbiosis.simulations.simulate import SimulationConfig
 
 
 class Display:
@@ -54,6 +55,10 @@ class Display:
 
     def _on_serving(self, event: Event) -> None:
         self._note(self._host, f"serving on {event['address']} (mutual TLS)")
+
+    def _on_started_again(self, event: Event) -> None:
+        self._console.print(Text(f"Flower is started again: {event['reason']}", style="yellow"))
+        self._note(self._host, "starting Flower again")
 
     def _on_enrolled(self, event: Event) -> None:
         name = str(event["tenant"])

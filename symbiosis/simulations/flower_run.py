@@ -56,18 +56,30 @@ class FlowerRun:
 
     Args:
         superlink: the SuperLink's process.
+        follow: the process that copies the run's log, and ends with the run.
         environment: what every Flower program of this run sees.
         workdir: where logs are.
         run_id: Flower's number of the run.
     """
 
     def __init__(
-        self, superlink: subprocess.Popen[bytes], environment: Mapping[str, str], workdir: Path, run_id: str
+        self,
+        superlink: subprocess.Popen[bytes],
+        follow: subprocess.Popen[bytes],
+        environment: Mapping[str, str],
+        workdir: Path,
+        run_id: str,
     ) -> None:
         self._superlink = superlink
+        self._follow = follow
         self._environment = environment
         self._workdir = workdir
         self.run_id = run_id
+
+    @property
+    def silent(self) -> bool:
+        """Whether no more of its log comes, as at its end. Cheap, where `status` starts a program."""
+        return self._follow.poll() is not None
 
     def status(self) -> str:
         """Flower's status of the run, for example `running` or `finished:completed`.
@@ -116,8 +128,8 @@ def _submitted(workdir: Path, ray_home: Path, *, supernodes: int, settings: Mapp
         run_id = _submit(environment, workdir, supernodes, settings)
         follow = [program("flwr"), "log", run_id, _CONNECTION, "--stream"]
         # Ended with the rest, by its mark.
-        start(follow, environment=environment, folder=neutral, log=workdir / "run.log")
-        yield FlowerRun(superlink, environment, workdir, run_id)
+        following = start(follow, environment=environment, folder=neutral, log=workdir / "run.log")
+        yield FlowerRun(superlink, following, environment, workdir, run_id)
     finally:
         end([superlink], mark)
 
@@ -138,6 +150,8 @@ def _environment(home: Path, ray_home: Path, mark: str) -> dict[str, str]:
         "RAY_DEDUP_LOGS": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TMPDIR": str(ray_home),
+        # A minute by default, in which a worker has to import PyTorch: too short for a busy machine.
+        "RAY_worker_register_timeout_seconds": "300",
         # Keeps Ray on loopback: without clusters, the default of Windows and macOS, a node's address is 127.0.0.1, and
         # Ray's servers then listen there only. Otherwise its head service, raylet and every worker listen on all
         # interfaces, without a password (Ray 2.55; a test watches the ports of a run).

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -15,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from symbiosis.clients.training import TrainingConfig
-from symbiosis.errors import ConfigurationError, SimulationError, UnknownBaseError
+from symbiosis.errors import ConfigurationError, UnknownBaseError
 from symbiosis.privacy.modes import privacy_report, resolve_mechanism
 from symbiosis.protocols.manifest import Storage
 from symbiosis.server.flower_app import HEADS_NAME
 from symbiosis.simulations.builtin import BUILTIN, resolve_base
 from symbiosis.simulations.corpora import HELD_OUT_PACKAGES
 from symbiosis.simulations.data import corpus_of
-from symbiosis.simulations.flower_run import FlowerRun, flower_run, is_completed, is_finished
+from symbiosis.simulations.flower_watch import Event, run_to_its_end
 from symbiosis.simulations.results import (
     REPORTS_NAME,
     LocalRun,
@@ -35,17 +33,9 @@ from symbiosis.simulations.results import (
 if TYPE_CHECKING:
     from symbiosis.simulations.audit.simulated import SimulationAudit
 
-_log = logging.getLogger(__name__)
-
-Event = Mapping[str, Any]
-"""One line of the server's `events.jsonl`, or one that is made here: `control-started`, `control`, and those of the
-audit, `audit-started` and `audit`."""
 
 PRIVACY = "plaintext"
 """The mode of every simulated tenant, which is what `apps.client_app` has."""
-_TICK_S = 0.3
-_STATUS_EVERY_S = 30.0
-"""How often Flower is asked whether the run is over while the server's own events do not say so (seconds)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,8 +89,7 @@ def simulate(config: SimulationConfig, *, report: Callable[[Event], None] = lamb
     """
     started = time.monotonic()
     workdir = _prepare(config)
-    with flower_run(workdir, supernodes=config.tenants, settings=_settings(config, workdir)) as run:
-        failures = _watch(run, workdir, report)
+    failures = run_to_its_end(workdir, tenants=config.tenants, settings=_settings(config, workdir), report=report)
     tenants = [_read(workdir, config, partition, failures) for partition in range(config.tenants)]
     if config.control:
         tenants = _with_controls(tenants, config, workdir, report)
@@ -171,50 +160,6 @@ def _absolute(corpus: str) -> str:
     """A corpus that is a path means the same from Flower's working directory."""
     name = corpus.strip()
     return name if name in HELD_OUT_PACKAGES or not os.path.exists(name) else str(Path(name).resolve())
-
-
-def _watch(run: FlowerRun, workdir: Path, report: Callable[[Event], None]) -> dict[str, str]:
-    """Pass events on until the run is over; reasons of tenants that failed, by name."""
-    failures: dict[str, str] = {}
-    events = _events(workdir / "events.jsonl")
-    status, asked_s, over, why = "", time.monotonic(), False, ""
-    while True:
-        for event in events:
-            if event is None:
-                break
-            report(event)
-            over = over or event["event"] in {"done", "aborted"}
-            if event["event"] == "aborted":
-                why = str(event["message"])
-            if event["event"] == "failed":
-                failures[str(event["tenant"])] = str(event["reason"])
-        if time.monotonic() - asked_s > (1.0 if over else _STATUS_EVERY_S):
-            status, asked_s = run.status(), time.monotonic()
-            if is_finished(status):
-                break
-        time.sleep(_TICK_S)
-    if not is_completed(status):
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
-        raise SimulationError(
-            f"the Flower run ended as {status}: {why or reasons or 'no reason was given'}",
-            f"Read {workdir / 'run.log'}",
-        )
-    return failures
-
-
-def _events(path: Path) -> Iterator[Event | None]:
-    """The file's events as they come; `None` whenever there is no more for now."""
-    position = 0
-    while True:
-        if path.is_file():
-            with path.open(encoding="utf-8") as file:
-                file.seek(position)
-                for line in iter(file.readline, ""):
-                    if not line.endswith("\n"):
-                        break
-                    position = file.tell()
-                    yield json.loads(line)
-        yield None
 
 
 def _read(workdir: Path, config: SimulationConfig, partition: int, failures: Mapping[str, str]) -> TenantResult:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +23,22 @@ DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if onednn.suits(tor
 """Those that oneDNN multiplies on this machine; none on an Intel processor without bfloat16."""
 HALF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 OUTPUTS, INPUTS = (96, 32), 64
+
+ANY_LENGTHS = """
+from symbiosis.server import onednn
+import torch
+
+def anonymous():
+    (line,) = [line for line in open("/proc/self/status") if line.startswith("RssAnon")]
+    return int(line.split()[1]) // 1024
+
+weight = torch.randn(48, 32)
+for first, end in ((1, 300), (300, 900)):
+    for rows in range(first, end):
+        onednn.multiply(torch.randn(rows, 32), weight)
+    print(anonymous())
+"""
+"""Prints the memory of a process (MiB) that has multiplied 300 different numbers of rows, and then 600 others."""
 
 on_this_machine = pytest.mark.skipif(not DTYPES, reason="no product is oneDNN's on this processor")
 
@@ -116,3 +136,16 @@ def test_nothing_is_packed_without_leave() -> None:
     assert PackedWeights(0).find((0, 1), Direction.FORWARD, siblings(torch.float32), torch.float32) is None
     with pytest.raises(ConfigurationError, match="-1 bytes"):
         ExecutorConfig(packed_bytes=-1)
+
+
+@on_this_machine
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
+def test_calls_of_ever_other_lengths_leave_no_kernels_behind() -> None:
+    """oneDNN compiles one for each, and keeps a thousand by itself: hundreds of MiB."""
+    limits = {"LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"}
+    environment = {name: value for name, value in os.environ.items() if name not in limits}
+    done = subprocess.run(
+        [sys.executable, "-c", ANY_LENGTHS], env=environment, capture_output=True, text=True, check=True
+    )
+    before, after = map(int, done.stdout.split())
+    assert after - before < 32

@@ -6,16 +6,23 @@ those with AVX2 alone it needs up to 25 % more. bfloat16 products are oneDNN's a
 beforehand. The operators are those that PyTorch's own compiler calls; where a build lacks them,
 `suits` is false.
 
-Shape legend: T rows, I input width, O output width.
+oneDNN compiles a kernel for every shape of a product, so for every number of rows, which takes half a millisecond and
+half a megabyte. It keeps the last 1,024, and so does what PyTorch puts before it: half a gigabyte, which any tenant could
+make a host spend by calls of ever other lengths. Here each keeps 128, unless the environment has said otherwise. Both
+read their limit when they meet the first product.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import platform
 from pathlib import Path
 
 import torch
+
+for _limit in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+    os.environ.setdefault(_limit, "128")
 
 _CPU_DESCRIPTION = Path("/proc/cpuinfo")
 _PACKED_FOR_ROWS = 128

@@ -7,7 +7,7 @@ beforehand. The operators are those that PyTorch's own compiler calls; where a b
 `suits` is false.
 
 oneDNN compiles a kernel for every shape of a product, so for every number of rows, which takes half a millisecond and
-half a megabyte. It keeps the last 1,024, and so does what PyTorch puts before it: half a gigabyte, which any tenant could
+half a megabyte. It keeps the last 1,024, and so does what PyTorch puts before it: half a gigabyte, which a tenant could
 make a host spend by calls of ever other lengths. Here each keeps 128, unless the environment has said otherwise. Both
 read their limit when they meet the first product.
 """

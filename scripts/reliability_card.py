@@ -43,7 +43,13 @@ def _figures(result: Mapping[str, Any]) -> str:
             "<= 1.5",
         ),
         (
-            "the same, with calls as large as the flooder's",
+            "the same beside cores that are busy with something else, over alone",
+            f"{result['busy_cores_p99_ratio']:.2f}",
+            f"{n['busy_cores_p99_ratio']:,} calls",
+            "",
+        ),
+        (
+            "quiet tenant's p99 beside a flooder with calls as large as its own, over alone",
             f"{result['quiet_bulk_p99_ratio']:.2f}",
             _calls(quiet["bulk"]),
             "",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ WIDTH = 512
 _LAYER = 4
 _QUIET_ROWS, _FLOOD_ROWS = 8, 512
 _FLOOD_STREAMS = 16
+_FLOOD_NICENESS = 19
+"""Tenants have machines of their own; here the flooder's share of this one would count as the host's delay."""
 _FULL = 2
 """Streams of each of two tenants that keep the host busy: more of them are answered no faster."""
 _CALL_BYTES = _FLOOD_ROWS * (WIDTH + 3 * WIDTH // 2) * 4
@@ -75,9 +78,9 @@ def _together(*groups: _Callers) -> list[dict[str, Any]]:
 
 
 def _quiet(site: Site, scale: Scale) -> dict[str, Any]:
-    """p99 of one stream, alone and beside 16 impatient streams of large calls, by turns.
+    """p99 of one stream, alone, beside 16 impatient streams of large calls, and beside cores that are merely busy.
 
-    Once with calls that the host takes for interactive, once with calls as large as the flooder's.
+    By turns; once with calls that the host takes for interactive, once with calls as large as the flooder's.
     """
     with site.serving(admission={"max_tenant_bytes": 4 * _CALL_BYTES, "max_tenant_sessions": 64}) as host:
         return {
@@ -87,30 +90,46 @@ def _quiet(site: Site, scale: Scale) -> dict[str, Any]:
 
 
 def _beside_a_flooder(site: Site, host: Child, scale: Scale, rows: int) -> dict[str, Any]:
-    alone, beside, answers, refusals, wrong = list[float](), list[float](), 0, 0, 0
+    alone, busy, beside = list[float](), list[float](), list[float]()
+    answers, refusals, wrong = 0, 0, 0
     acme, mallory = site.enrol("acme"), site.enrol("mallory")
-    # Tenants have machines of their own; here the flooder's share of this one would count as the host's delay.
-    flood = {"rows": _FLOOD_ROWS, "streams": _FLOOD_STREAMS, "patient": False, "niceness": 19}
+    flood = {"rows": _FLOOD_ROWS, "streams": _FLOOD_STREAMS, "patient": False, "niceness": _FLOOD_NICENESS}
     for _ in range(scale.load_rounds):
         quiet = {"rows": rows, "warm_s": 0.5}
         (solo,) = _together(_Callers(site, host.address, [acme], scale.load_s, **quiet))
+        with _busy_cores(site):
+            (sharing,) = _together(_Callers(site, host.address, [acme], scale.load_s, **quiet))
         flooder = _Callers(site, host.address, [mallory], scale.load_s + 1, **flood)
         loud, mine = _together(flooder, _Callers(site, host.address, [acme], scale.load_s, **quiet))
         alone += solo["latencies_s"]
+        busy += sharing["latencies_s"]
         beside += mine["latencies_s"]
         answers += loud["answers"]
         refusals += loud["refusals"]
-        wrong += sum(one["wrong"] + one["lost"] for one in (solo, loud, mine))
+        wrong += sum(one["wrong"] + one["lost"] for one in (solo, sharing, loud, mine))
     return {
         "p99_ratio": percentile(beside, 99) / percentile(alone, 99),
         "p50_ratio": percentile(beside, 50) / percentile(alone, 50),
+        "busy_cores_p99_ratio": percentile(busy, 99) / percentile(alone, 99),
         "alone_p99_s": percentile(alone, 99),
+        "busy_cores_p99_s": percentile(busy, 99),
         "beside_p99_s": percentile(beside, 99),
-        "n": {"alone": len(alone), "beside": len(beside)},
+        "n": {"alone": len(alone), "busy_cores": len(busy), "beside": len(beside)},
         "flooder": {"streams": _FLOOD_STREAMS, "rows": _FLOOD_ROWS, "answers": answers, "refusals": refusals},
         "wrong_or_lost": wrong,
         "rows": rows,
     }
+
+
+@contextmanager
+def _busy_cores(site: Site) -> Iterator[None]:
+    """As many processes as cores that say nothing to the host: what any work at the flooder's place costs."""
+    children = [site.zygote.start("busy", niceness=_FLOOD_NICENESS) for _ in range(os.cpu_count() or 1)]
+    try:
+        yield
+    finally:
+        for child in children:
+            child.end()
 
 
 def _overload(site: Site, scale: Scale) -> dict[str, Any]:

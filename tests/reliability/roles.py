@@ -67,7 +67,7 @@ def load(path: str) -> HostedBase:
 def play(role: str, options: dict[str, Any], tell: Tell) -> None:
     """Be something until the end."""
     logging.basicConfig(level=logging.INFO)
-    parts = {"host": host, "bare": bare, "callers": callers, "trainer": trainer, "command": command}
+    parts = {"host": host, "bare": bare, "callers": callers, "busy": busy, "trainer": trainer, "command": command}
     parts[role](tell=tell, **options)
 
 
@@ -166,6 +166,16 @@ def bare(*, tell: Tell, state: str) -> None:
     server.start()
     tell(address=f"127.0.0.1:{port}")
     server.wait_for_termination()
+
+
+def busy(*, tell: Tell, niceness: int) -> None:
+    """Compute and copy until the end, as a tenant's machine does, without a word to any host."""
+    os.nice(niceness)
+    numbers, payload = torch.empty(1 << 19), bytearray(3 << 20)
+    tell()
+    while True:
+        numbers.add_(1.0)
+        bytes(payload)
 
 
 def callers(

@@ -18,8 +18,8 @@ KNOWN_GAPS = (
     "F14: ledgers are cut at every byte; adapters and checkpoints are not.",
     "F15: no clock is moved: tests/test_access.py moves the host's own clock for certificates.",
     "F16: no flood of connections that never shake hands, and no thousand idle channels.",
-    "F17: the flooder, the quiet tenant and the host share one machine. The row about busy cores says what of the ratio "
-    "any work at the flooder's place costs, without a word to the host.",
+    "F17: the flooder, the quiet tenant and the host share one machine. The row about busy cores says what of the "
+    "ratio any work at the flooder's place costs, without a word to the host.",
     "F17: a batch that is being computed is not interrupted; an interactive call beside a flooder waits for its end.",
     "F18: three times the load for seconds, not for ten minutes.",
     "F19: no device fails; there is none here.",

@@ -7,6 +7,7 @@ ratio, use `bench tenants`.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -89,7 +90,9 @@ def run_scale(config: ScaleConfig, *, report: Report = lambda _: None) -> dict[s
     }
 
 
-_OPTIONS = HostOptions(workers=1, threads=None)
+_OPTIONS = HostOptions(workers=os.cpu_count() or 1, threads=1)
+"""A product per core, as with the jobs: tenants share the cores with the host, and threads that wait for each other would
+take them away."""
 
 
 def _theirs(pool: Pool, config: ScaleConfig, directory: Path, report: Report) -> list[Point]:

@@ -91,8 +91,8 @@ def run_scale(config: ScaleConfig, *, report: Report = lambda _: None) -> dict[s
 
 
 _OPTIONS = HostOptions(workers=os.cpu_count() or 1, threads=1)
-"""A product per core, as with the jobs: tenants share the cores with the host, and threads that wait for each other would
-take them away."""
+"""A product per core, as with the jobs: tenants share the cores with the host, and threads of one product that wait for
+each other would take them away."""
 
 
 def _theirs(pool: Pool, config: ScaleConfig, directory: Path, report: Report) -> list[Point]:

@@ -1,10 +1,10 @@
 """Products by oneDNN instead of MKL, on the processors and for the dtypes where it is the faster of the two.
 
 PyTorch's CPU builds carry both and take MKL for float32. MKL is made for Intel's processors; on others with AVX-512, of
-which it makes no use there, oneDNN needs 10 to 20 % less time for the shapes of a transformer (`docs/executor.md`). On
-those with AVX2 alone it needs up to 25 % more. bfloat16 products are oneDNN's anyway; here its weights can be packed
-beforehand. The operators are those that PyTorch's own compiler calls; where a build lacks them,
-`suits` is false.
+which it makes no use there, oneDNN needs 10 to 20 % less time for the shapes of a transformer, on some half
+(benchmarks/results/products.json). On those with AVX2 alone it needs up to 25 % more. bfloat16 products are oneDNN's
+anyway; here its weights can be packed beforehand. The operators are those that PyTorch's own compiler calls; where a
+build lacks them, `suits` is false.
 
 oneDNN compiles a kernel for every shape of a product, so for every number of rows, which takes half a millisecond and
 half a megabyte. It keeps the last 1,024, and so does what PyTorch puts before it: half a gigabyte, which a tenant could

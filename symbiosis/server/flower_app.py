@@ -35,6 +35,8 @@ Settings = Mapping[str, Any]
 MEASURES = ("tokens", "seconds", "frames", "bytes-sent", "bytes-received", "loss-train", "loss-held-out")
 """Numbers that a tenant reports of a round; whatever else it sends is left aside."""
 
+EVENTS_NAME = "events.jsonl"
+"""File of the workdir with what happens in a run, a line each."""
 HEADS_NAME = "heads"
 """Folder of the workdir for the signed heads of tenants' ledgers, `TENANT.json` each."""
 _MAX_HEAD_BYTES = 8192
@@ -80,7 +82,7 @@ def make_server_app(*, base: Callable[[Settings], HostedBase]) -> ServerApp:
     @app.main()  # type: ignore[untyped-decorator]
     def main(grid: Grid, context: Context) -> None:
         settings = dict(context.run_config)
-        events = EventLog(Path(str(settings["workdir"])) / "events.jsonl" if settings.get("workdir") else None)
+        events = EventLog(Path(str(settings["workdir"])) / EVENTS_NAME if settings.get("workdir") else None)
         with contextlib.closing(events):
             try:
                 with _place(settings, base) as place:

@@ -39,6 +39,8 @@ from symbiosis.simulations.flower_processes import (
 )
 
 APP_DIRECTORY = Path(__file__).parent / "assets" / "app"
+LOG_NAME = "run.log"
+"""File of the working directory with the run's own log."""
 _CONNECTION = "symbiosis"
 _FINISHED = "finished:"
 # The paths of Ray's sockets may have 107 bytes, and macOS's own temporary directory takes half of that.
@@ -128,7 +130,7 @@ def _submitted(workdir: Path, ray_home: Path, *, supernodes: int, settings: Mapp
         run_id = _submit(environment, workdir, supernodes, settings)
         follow = [program("flwr"), "log", run_id, _CONNECTION, "--stream"]
         # Ended with the rest, by its mark.
-        following = start(follow, environment=environment, folder=neutral, log=workdir / "run.log")
+        following = start(follow, environment=environment, folder=neutral, log=workdir / LOG_NAME)
         yield FlowerRun(superlink, following, environment, workdir, run_id)
     finally:
         end([superlink], mark)

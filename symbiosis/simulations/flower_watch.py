@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import time
@@ -12,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from symbiosis.errors import SimulationError
-from symbiosis.simulations.flower_run import FlowerRun, flower_run, is_completed, is_finished
+from symbiosis.server.flower_app import EVENTS_NAME
+from symbiosis.simulations.flower_run import LOG_NAME, FlowerRun, flower_run, is_completed, is_finished
 
 Event = Mapping[str, Any]
 """One line of the server's `events.jsonl`, or one that is made here: `started-again`, and by `simulate`
 `control-started`, `control`, `audit-started` and `audit`."""
-
-EVENTS_NAME = "events.jsonl"
-LOG_NAME = "run.log"
 
 _STARTS = 3
 """How often a run is started that ends before it reached a tenant. Ray gives its own node 30 seconds to start, which no
@@ -71,16 +68,20 @@ def run_to_its_end(
     Raises:
         SimulationError: the run did not complete.
     """
-    for attempt in itertools.count(1):
+    for attempt in range(1, _STARTS):
         try:
-            with flower_run(workdir, supernodes=tenants, settings=settings) as run:
-                return _watch(run, workdir, report)
+            return _run_once(workdir, tenants=tenants, settings=settings, report=report)
         except _NeverBegunError as error:
-            if attempt == _STARTS:
-                raise SimulationError(error.message, error.next_action) from error
             _set_aside(workdir, workdir / f"failed-start-{attempt}")
             report({"event": "started-again", "reason": error.message})
-    raise AssertionError("counting has no end")
+    return _run_once(workdir, tenants=tenants, settings=settings, report=report)
+
+
+def _run_once(
+    workdir: Path, *, tenants: int, settings: Mapping[str, Any], report: Callable[[Event], None]
+) -> dict[str, str]:
+    with flower_run(workdir, supernodes=tenants, settings=settings) as run:
+        return _watch(run, workdir, report)
 
 
 def _watch(run: FlowerRun, workdir: Path, report: Callable[[Event], None]) -> dict[str, str]:

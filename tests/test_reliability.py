@@ -49,6 +49,7 @@ def test_a_section(name: str, parts: Path, measured: dict[str, dict[str, Any]]) 
     told: list[str] = []
     measured[name] = run_section(name, SHORT, parts, report=told.append)
     assert told
+    assert not [line for line in told if "violated" in line]
     assert json.loads((parts / f"{name}.json").read_text(encoding="utf-8")) == measured[name]
 
 

@@ -46,7 +46,8 @@ def assemble(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     faults, kills, load, fuzz = (sections[name] for name in ("faults", "kills", "load", "fuzz"))
     soak, connections = sections["soak"], sections["connections"]
     rows, recoveries = faults["rows"], kills["recovery_s"]
-    (revoked,) = [row["figures"]["revocation_s"] for row in rows if "revocation_s" in row["figures"]]
+    # Empty if that fault ended in an error, which is among the violations then.
+    revoked = [delay_s for row in rows for delay_s in row["figures"].get("revocation_s", ())]
     violations = [f"{row['fault']} {row['title']}: {text}" for row in rows for text in row["violations"]]
     violations += [*kills["violations"], *soak["violations"], *_lost(load)]
     interactive = load["quiet"]["interactive"]
@@ -59,7 +60,7 @@ def assemble(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "crashes": len(fuzz["crashes"]),
         "recovery_p50_s": percentile(recoveries, 50),
         "recovery_p95_s": percentile(recoveries, 95),
-        "revocation_s": max(revoked),
+        "revocation_s": max(revoked, default=None),
         "quiet_p99_ratio": interactive["p99_ratio"],
         "quiet_bulk_p99_ratio": load["quiet"]["bulk"]["p99_ratio"],
         "busy_cores_p99_ratio": interactive["busy_cores_p99_ratio"],

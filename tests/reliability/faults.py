@@ -8,7 +8,9 @@ they were; I5 whoever is refused gets one typed error, and nobody hangs.
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from reliability import faults_books, faults_host, faults_identity, faults_network
@@ -35,7 +37,9 @@ def run(site: Site, scale: Scale, *, report: Callable[[str], None] = lambda _: N
         try:
             fault.inject(site, scale, found)
         except Exception as error:  # an error that a fault did not expect is a violation itself
-            found.violations.append(f"{type(error).__name__}: {error!s:.300}")
+            where = traceback.extract_tb(error.__traceback__)
+            last = " > ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in where[-6:])
+            found.violations.append(f"{type(error).__name__}: {error!s:.300} ({last})")
         for violation in found.violations:
             report(f"  violated: {violation}")
         rows.append(

@@ -39,7 +39,7 @@ from symbiosis.simulations.bench.processes import Pool, Worker
 from symbiosis.simulations.bench.sides import cores
 from symbiosis.simulations.bench.statistics import ratios, summary
 
-ROUNDS = {"default": {1: 24, 8: 10}, "tiny": {1: 1, 2: 1}}
+ROUNDS = {"default": {1: 24, 8: 10}, "tiny": {2: 1}}
 """Pairs of rounds, by preset and number of tenants."""
 KINDS = ("decode", "train")
 
@@ -53,9 +53,9 @@ def main() -> None:
     chosen = parser.parse_args()
     preset = preset_of(chosen.preset)
     found = [
-        measure(kind, preset, chosen.models, tenants=tenants, rounds=rounds)
+        one
         for tenants, rounds in ROUNDS[preset.name].items()
-        for kind in KINDS
+        for one in measure(preset, chosen.models, tenants=tenants, rounds=rounds)
     ]
     result = {
         "benchmark": "adapter_branch",
@@ -71,8 +71,8 @@ def main() -> None:
         chosen.out.write_text(text + "\n", encoding="utf-8")
 
 
-def measure(kind: str, preset: Preset, models: Path, *, tenants: int, rounds: int) -> dict[str, Any]:
-    """One kind of work by so many tenants of one host."""
+def measure(preset: Preset, models: Path, *, tenants: int, rounds: int) -> list[dict[str, Any]]:
+    """Both kinds of work by so many tenants of one host."""
     with Pool() as pool, tempfile.TemporaryDirectory(prefix="symbiosis-bench-") as scratch:
         host = pool.start("the host")
         described = _serve(pool, host, model_directory(preset.train, models, pool), tenants, Path(scratch))
@@ -91,17 +91,19 @@ def measure(kind: str, preset: Preset, models: Path, *, tenants: int, rounds: in
             }
             context.Process(target=tenant, args=(theirs, load), daemon=True).start()
             ends.append(mine)
-        speeds: dict[bool, list[float]] = {False: [], True: []}
-        beside = 0.0
-        _round(ends, kind, beside=False)
-        for number in range(rounds):
-            for way in (number % 2 == 0, number % 2 == 1):
-                speed, share = _round(ends, kind, beside=way)
-                speeds[way].append(speed)
-                beside = max(beside, share)
+        return [{"kind": kind, "tenants": tenants, **_compare(ends, kind, rounds)} for kind in KINDS]
+
+
+def _compare(ends: list[Connection], kind: str, rounds: int) -> dict[str, Any]:
+    speeds: dict[bool, list[float]] = {False: [], True: []}
+    beside = 0.0
+    _round(ends, kind, beside=False)
+    for number in range(rounds):
+        for way in (number % 2 == 0, number % 2 == 1):
+            speed, share = _round(ends, kind, beside=way)
+            speeds[way].append(speed)
+            beside = max(beside, share)
     return {
-        "kind": kind,
-        "tenants": tenants,
         "ratio": summary(ratios(speeds[True], speeds[False])).to_json(),
         "branches_beside_a_call": round(beside, 3),
         "tokens_per_s": {"without": summary(speeds[False]).to_json(), "with": summary(speeds[True]).to_json()},

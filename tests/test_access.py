@@ -102,7 +102,7 @@ def site(open_site: OpenSite) -> Site:
 
 
 def live_of(base: Base) -> LiveIdentity:
-    identity: LiveIdentity = base._session._way._identity  # type: ignore[union-attr]
+    identity: LiveIdentity = base._session._conversation._way._identity  # type: ignore[union-attr]
     return identity
 
 

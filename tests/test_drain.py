@@ -35,7 +35,7 @@ from symbiosis.privacy.ledger import iterate, verify
 from symbiosis.protocols.authority import Authority
 from symbiosis.protocols.codec import Reply, Request, encode_request
 from symbiosis.protocols.identity_directory import load_credentials
-from symbiosis.protocols.messages import Answer, BlobKind, Call, Draw, Fetch, Hello
+from symbiosis.protocols.messages import Answer, BlobKind, Call, Draw, Fetch
 from symbiosis.server.access import Access
 from symbiosis.server.base import host_model
 from symbiosis.server.deny_list import DenyList
@@ -508,18 +508,16 @@ class Disturbed:
     """Messages of a session, timed; something may happen just before one leaves."""
 
     def __init__(self, base: Base) -> None:
-        self._exchange = base._session._exchange
+        self._exchange = base._session._conversation.exchange
         self._plans: dict[int, Callable[[], object]] = {}
         self.answered_s: list[float] = []
-        base._session._exchange = self._timed  # type: ignore[method-assign]
+        base._session._conversation.exchange = self._timed  # type: ignore[method-assign]
 
     def soon(self, act: Callable[[], object]) -> None:
         """In some messages from now."""
         self._plans[len(self.answered_s) + 5] = act
 
     def _timed(self, request: Request, **options: Any) -> Reply:
-        if isinstance(request, Hello):  # of a session that looks for its host
-            return self._exchange(request, **options)
         self._plans.pop(len(self.answered_s), lambda: None)()
         reply = self._exchange(request, **options)
         self.answered_s.append(time.monotonic())

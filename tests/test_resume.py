@@ -266,7 +266,7 @@ def test_closing_ends_the_search(serve: Serve, enrol: Enrol, join: Join) -> None
             found.append(error)
 
     searching = threading.Event()
-    patience = base._session._patience
+    patience = base._session._conversation._patience
     waited = patience.wait_for_host
 
     def tell(*arguments: Any) -> None:
@@ -277,7 +277,7 @@ def test_closing_ends_the_search(serve: Serve, enrol: Enrol, join: Join) -> None
     thread = threading.Thread(target=work)
     thread.start()
     assert searching.wait(30)
-    base._session._patience.stop()
+    base._session._conversation._patience.stop()
     thread.join(30)
     assert not thread.is_alive()
     assert isinstance(found[0], HostUnavailableError)

@@ -251,7 +251,7 @@ def test_a_long_message_is_cut_at_buckets(tmp_path: Path) -> None:
                 row_buckets=row_buckets,
             )
             stack.callback(session.close)
-            session.max_message_bytes = 20 * 32 * 4
+            session._conversation.max_message_bytes = 20 * 32 * 4
             layers = (hosted.manifest.position("model.layers.0.self_attn.q_proj.weight"),)
             answers = [session.multiply(layers, direction, rows_TI) for direction in Direction]
             entries = iterate(tmp_path / f"{row_buckets is None}.jsonl")

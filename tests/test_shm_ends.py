@@ -221,7 +221,7 @@ def test_a_session_closed_while_it_waits(
     waiting = threading.Thread(target=work)
     waiting.start()
     assert host.arrived.wait(ANSWER_S)
-    base._session._transport.close()
+    base._session._conversation._transport.close()
     waiting.join(ANSWER_S)
     assert isinstance(caught[0], HostUnavailableError)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from symbiosis.clients.base import Base
+from symbiosis.clients.conversation import Way
 from symbiosis.clients.experts import Experts, experts_of
 from symbiosis.clients.gate import EgressGate
 from symbiosis.clients.helper import HelperSession, check_named
@@ -19,7 +20,7 @@ from symbiosis.clients.passes import PassWatch
 from symbiosis.clients.renewal import LiveIdentity
 from symbiosis.clients.retry import RetryConfig
 from symbiosis.clients.row_buckets import RowBuckets, row_buckets_of
-from symbiosis.clients.session import Session, Way
+from symbiosis.clients.session import Session
 from symbiosis.clients.truth import TruthConfig, TruthWriter
 from symbiosis.errors import ConfigurationError, UnsupportedError
 from symbiosis.privacy.ledger import Ledger
@@ -235,7 +236,7 @@ def open_session(
 
 
 class _Way:
-    """See `session.Way`.
+    """See `conversation.Way`.
 
     Args:
         address: of the host.

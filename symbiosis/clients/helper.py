@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import torch
 
+from symbiosis.clients.conversation import Way
 from symbiosis.clients.gate import EgressGate
 from symbiosis.clients.retry import RetryConfig
-from symbiosis.clients.session import Session, Traffic, Way
+from symbiosis.clients.session import Session, Traffic
 from symbiosis.errors import ConfigurationError, ProtocolError
 from symbiosis.privacy.answer_checks import AnswerChecks
 from symbiosis.privacy.mechanism import Group, Mechanism, Plaintext

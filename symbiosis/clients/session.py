@@ -1,39 +1,32 @@
-"""One tenant's conversation with one host: numbers messages, hides rows, passes the gate, waits for answers.
+"""What one tenant asks of one host: products of rows, which are hidden before they leave, and what the host publishes.
 
 Shape legend: T rows, I width of rows that go out, O width of rows that come back.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from symbiosis import __version__
+from symbiosis.clients.conversation import Conversation, Way
 from symbiosis.clients.gate import EgressGate
 from symbiosis.clients.greeting import Greeting
 from symbiosis.clients.known_weights import KnownWeights
 from symbiosis.clients.local_copy import LocalCopy
-from symbiosis.clients.retry import Patience, RetryConfig
+from symbiosis.clients.retry import RetryConfig
 from symbiosis.clients.row_buckets import RowBuckets
 from symbiosis.clients.row_filling import Filled, filled_messages
 from symbiosis.clients.row_operands import Operands
 from symbiosis.errors import (
-    CertificateError,
     ConfigurationError,
     FrameError,
-    HostUnavailableError,
-    OverloadedError,
     ProtocolError,
-    SymbiosisError,
-    VersionError,
 )
 from symbiosis.privacy.answer_checks import AnswerChecks
 from symbiosis.privacy.base_images import BaseImages
@@ -42,10 +35,9 @@ from symbiosis.privacy.mechanism import Group, Helper, Mechanism
 from symbiosis.privacy.modes import privacy_report
 from symbiosis.privacy.shapes import RowTotals
 from symbiosis.protocols.canonical import sha256_hex
-from symbiosis.protocols.codec import Reply, Request, encode_request
 from symbiosis.protocols.facts import Facts, facts_byte_count, facts_from_bytes
 from symbiosis.protocols.identity import utc_now
-from symbiosis.protocols.limits import MAX_HEADER_BYTES, MAX_MANIFEST_BYTES, MAX_MESSAGE_BYTES, PROTOCOL_VERSION
+from symbiosis.protocols.limits import MAX_MANIFEST_BYTES, MAX_MESSAGE_BYTES
 from symbiosis.protocols.manifest import Manifest
 from symbiosis.protocols.messages import (
     Answer,
@@ -55,7 +47,6 @@ from symbiosis.protocols.messages import (
     Direction,
     Draw,
     Fetch,
-    Hello,
     Segment,
     Welcome,
     rows_per_message,
@@ -66,29 +57,6 @@ from symbiosis.protocols.transport import Transport
 
 _CONCEALED_BYTES = 4
 """What an element may become when it is hidden, at least (bytes): narrower rows are cut as if they were so wide."""
-
-
-_MOVE_AGAIN_S = 5.0
-"""When to try again to move to a new stream, after a host that did not answer (seconds)."""
-
-_MAKE_ROOM_S = 0.02
-"""How long a host may take at first to notice that the old stream is closed (seconds); each time twice as long."""
-
-
-class Way(Protocol):
-    """Where a session gets another transport to its host from."""
-
-    def open(self) -> Transport:
-        """A transport that shows the certificate as it is now."""
-        ...
-
-    def stale(self, transport: Transport) -> bool:
-        """Whether a transport shows a certificate that was renewed since. Cheap: asked before every message."""
-        ...
-
-    def renewed(self, transport: Transport) -> bool:
-        """As `stale`, after a renewal that is under way has ended."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,59 +117,62 @@ class Session:
         row_buckets: RowBuckets | None = None,
         allow_operands: bool = False,
     ) -> None:
-        self._transport = transport
-        self._way = way
-        self._move_after_s = 0.0
-        self._received_before = 0  # over transports that were left
-        self._closed = False
-        self._patience = Patience(retry)
-        self._gate = gate
+        self._conversation = Conversation(transport, gate, max_message_bytes=max_message_bytes, retry=retry, way=way)
         self._mechanism = mechanism
         self._wire_dtype = wire_dtype
         self._lock = threading.RLock()
-        self._number = 0
         self._row_buckets = row_buckets
-        self._frames = self._sent_bytes = self._rows = self._added_rows = 0
+        self._rows = self._added_rows = 0
         self.operands = Operands(mechanism.name, mechanism.hides, allowed=allow_operands)
         """What changed rows before they left."""
-        self.max_message_bytes = max_message_bytes
-        """The longest payload of a call or answer here (bytes)."""
-        self.manifest: Manifest | None = None
-        self.session_id = secrets.token_bytes(16)
         self._facts: dict[int, Facts] = {}
         self.checks: AnswerChecks | None = None
         """Of the answers in floating point, if they are checked."""
         self._who = "host"
         started_s = time.monotonic()
-        welcome = self._greet()
+        welcome = self._conversation.greet()
         self.greeting = Greeting(welcome=welcome, came_at=utc_now(), took_s=time.monotonic() - started_s)
         """What the host said when the session was opened."""
         self.tenant = welcome.tenant
-        self._digest = welcome.manifest_digest
-        self.manifest = self._fetch_manifest(welcome)
-        known = KnownWeights(self.manifest, fetch=self.fetch, facts=self.facts, local=local)
+        manifest = self._conversation.manifest = self._fetch_manifest(welcome)
+        known = KnownWeights(manifest, fetch=self.fetch, facts=self.facts, local=local)
         if verify and not mechanism.needs_integers:
-            self.checks = _answer_checks(self.manifest, known)
-        mechanism.begin(_Link(self, self.manifest, helper, known))
+            self.checks = _answer_checks(manifest, known)
+        mechanism.begin(_Link(self, manifest, helper, known))
 
     @property
     def address(self) -> str:
         """Where the host is."""
-        return self._transport.address
+        return self._conversation.address
 
     @property
     def peer(self) -> str:
         """Who answers: the digest of the host's public key, as `Transport.peer`."""
-        return self._transport.peer()
+        return self._conversation.peer
+
+    @property
+    def session_id(self) -> bytes:
+        """What the greeting calls the session; random."""
+        return self._conversation.session_id
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """The host's; `None` while the session opens."""
+        return self._conversation.manifest
+
+    @property
+    def max_message_bytes(self) -> int:
+        """The longest payload of a call or answer here (bytes)."""
+        return self._conversation.max_message_bytes
 
     @property
     def traffic(self) -> Traffic:
         """What passed so far."""
         with self._lock:
             return Traffic(
-                frames=self._frames,
-                sent_bytes=self._sent_bytes,
-                received_bytes=self._received_before + self._transport.received_bytes,
+                frames=self._conversation.frames,
+                sent_bytes=self._conversation.sent_bytes,
+                received_bytes=self._conversation.received_bytes,
                 rows=self._rows,
                 added_rows=self._added_rows,
             )
@@ -239,7 +210,7 @@ class Session:
         manifest = _require(self.manifest)
         width_out = manifest.widths(layers, direction)[1]
         home, widest = rows_TI.device, max(rows_TI.shape[1], width_out)
-        sent_TI = rows_TI if self._transport.keeps_device else rows_TI.cpu()
+        sent_TI = rows_TI if self._conversation.keeps_device else rows_TI.cpu()
         if self._wire_dtype is not None and self._wire_dtype.itemsize < rows_TI.dtype.itemsize:
             sent_TI = sent_TI.to(self._wire_dtype)
         widest = math.ceil(widest * max(1, _CONCEALED_BYTES / sent_TI.element_size()))
@@ -259,32 +230,18 @@ class Session:
             SymbiosisError: as the gate and the transport say.
         """
         with self._lock:
-            number = self._next_number()
-            reply = self._exchange(Fetch(number=number, kind=kind, name=name), max_reply_bytes=max_bytes)
+            number = self._conversation.next_number()
+            asked = Fetch(number=number, kind=kind, name=name)
+            reply = self._conversation.exchange(asked, max_reply_bytes=max_bytes)
         if not isinstance(reply, Blob) or reply.number != number:
             raise FrameError("the host answered a fetch with something else", "Connect again")
         return reply.data
 
     def close(self) -> None:
         """End the stream, and a wait for the host that is under way."""
-        self._closed = True
-        self._patience.stop()
+        self._conversation.stop()
         self._mechanism.close()
-        self._transport.close()
-        self._gate.close()
-
-    def _greet(self) -> Welcome:
-        hello = Hello(protocol=PROTOCOL_VERSION, release=__version__, session=self.session_id)
-        welcome = self._exchange(hello, max_reply_bytes=0)
-        if not isinstance(welcome, Welcome):
-            raise FrameError("the host did not answer the greeting", "Check the address")
-        if welcome.protocol != PROTOCOL_VERSION:
-            raise VersionError(
-                f"the host speaks protocol {welcome.protocol}, this side {PROTOCOL_VERSION}",
-                "Install the same release on both sides",
-            )
-        self.max_message_bytes = max(1, min(welcome.max_message_bytes, self.max_message_bytes))
-        return welcome
+        self._conversation.close()
 
     def _fetch_manifest(self, welcome: Welcome) -> Manifest:
         data = self.fetch(BlobKind.MANIFEST, "", max_bytes=MAX_MANIFEST_BYTES)
@@ -337,7 +294,7 @@ class Session:
         """One message of rows that leave as they are; for mechanisms. Otherwise as `multiply`."""
         width_out = _require(self.manifest).widths(group.layers, group.direction)[1]
         with self._lock:
-            number = self._next_number()
+            number = self._conversation.next_number()
             call = Call(
                 number=number, layers=group.layers, direction=group.direction, rows=rows_TI, segments=group.segments
             )
@@ -360,7 +317,7 @@ class Session:
         width_out = _require(self.manifest).widths(group.layers, group.direction)[1]
         with self._lock:
             draw = Draw(
-                number=self._next_number(),
+                number=self._conversation.next_number(),
                 key=key,
                 layers=group.layers,
                 direction=group.direction,
@@ -371,7 +328,7 @@ class Session:
 
     def _answer(self, asked: Call | Draw, width_out: int) -> torch.Tensor:
         shape = (asked.row_count, width_out)
-        reply = self._exchange(asked, max_reply_bytes=math.prod(shape) * asked.dtype.itemsize)
+        reply = self._conversation.exchange(asked, max_reply_bytes=math.prod(shape) * asked.dtype.itemsize)
         if not isinstance(reply, Answer) or reply.number != asked.number:
             raise FrameError("the host answered a call with something else", "Connect again")
         if reply.rows.shape != shape or reply.rows.dtype != asked.dtype:
@@ -398,102 +355,6 @@ class Session:
                 data = self.fetch(BlobKind.FACTS, described.name, max_bytes=facts_byte_count(described))
                 self._facts[layer] = facts_from_bytes(data, described, manifest.storage)
             return self._facts[layer]
-
-    def _exchange(self, request: Request, *, max_reply_bytes: int) -> Reply:
-        on_device = isinstance(request, Call) and request.rows.device.type != "cpu"
-        encoded = None if on_device else encode_request(request)
-        with self._lock:
-            if not isinstance(request, Hello):
-                self._move_if_renewed()
-            entered = self._gate.admit(request, encoded, self.manifest)
-            deadline_s = self._patience.deadline_s()
-            while True:
-                self._frames += 1
-                self._sent_bytes += entered.byte_count
-                try:
-                    return self._transport.exchange(
-                        request, entered, max_reply_bytes=max_reply_bytes + MAX_HEADER_BYTES
-                    )
-                except OverloadedError as error:
-                    if isinstance(request, Hello):  # a host that refuses a session ends its stream
-                        raise
-                    self._patience.wait(error, deadline_s)
-                except HostUnavailableError as error:
-                    if isinstance(request, Hello):
-                        raise
-                    self._resume(error)
-                except CertificateError:  # it may have ended while its renewal was under way
-                    if isinstance(request, Hello) or self._way is None or not self._way.renewed(self._transport):
-                        raise
-                    self._move_if_renewed()
-                # A call is a pure function and the host keeps nothing of a session: the same bytes, the same answer.
-                self._gate.admit_again(entered)
-
-    def _resume(self, error: SymbiosisError) -> None:
-        """Look for a host that has gone, and greet it in the same session.
-
-        Raises:
-            HostUnavailableError: it did not come back in time, or there is no other way to it.
-            ProtocolError: what came back is another base, or knows this tenant by another name.
-            SymbiosisError: as `_greet`: who is refused is refused, and does not come again.
-        """
-        if self._way is None or self.manifest is None:
-            raise error
-        deadline_s = self._patience.reconnect_deadline_s()
-        for attempt in itertools.count():
-            self._patience.wait_for_host(attempt, error, deadline_s)
-            try:
-                self._leave(self._way.open())
-                self._check_same(self._greet())
-                return
-            except (HostUnavailableError, OverloadedError) as again:  # it has not noticed yet that the old stream ended
-                error = again
-
-    def _move_if_renewed(self) -> None:
-        """Between two messages, go on over a stream that shows the renewed certificate; the old one still works.
-
-        Raises:
-            SymbiosisError: as `_greet`, unless the host just does not answer: the old stream has to do for a while.
-        """
-        if self._way is None or time.monotonic() < self._move_after_s or not self._way.stale(self._transport):
-            return
-        old, deadline_s, pause_s = self._transport, self._patience.deadline_s(), _MAKE_ROOM_S
-        while True:
-            self._transport = self._way.open()
-            try:
-                welcome = self._greet()
-                break
-            except OverloadedError as error:
-                # As many sessions as this tenant may have: the old one makes room for the new one, and soon.
-                old.close()
-                error.retry_after_s, pause_s = pause_s, 2 * pause_s
-                self._patience.wait(error, deadline_s)
-            except HostUnavailableError:
-                self._transport.close()
-                self._transport, self._move_after_s = old, time.monotonic() + _MOVE_AGAIN_S
-                return
-            except BaseException:
-                old.close()
-                raise
-        new, self._transport = self._transport, old
-        self._leave(new)
-        self._check_same(welcome)
-
-    def _leave(self, new: Transport) -> None:
-        """Close the transport and go on over another one."""
-        self._transport.close()
-        self._received_before += self._transport.received_bytes
-        self._transport = new
-        if self._closed:  # meanwhile, from another thread
-            new.close()
-
-    def _check_same(self, welcome: Welcome) -> None:
-        if (welcome.tenant, welcome.manifest_digest) != (self.tenant, self._digest):
-            raise ProtocolError("the host serves another base now, or another tenant", "Connect again")
-
-    def _next_number(self) -> int:
-        self._number += 1
-        return self._number
 
 
 class _Link:

@@ -21,9 +21,9 @@ from typing import Any
 
 from symbiosis.errors import CertificateError, LedgerError, ProtocolError
 from symbiosis.privacy.merkle import Frontier, leaf_hash
-from symbiosis.privacy.signing import Signer, is_signed_by, key_id
+from symbiosis.privacy.signing import Signer, is_signed_by
 from symbiosis.protocols.canonical import canonical_json
-from symbiosis.protocols.identity import issued_by, parse_certificate, tenant_of
+from symbiosis.protocols.identity import issued_by, parse_certificate, public_key_digest, tenant_of
 
 HEADS_FORMAT = 1
 _MAX_HEAD_BYTES = 64 * 1024
@@ -55,7 +55,7 @@ class SignedHead:
         """As it is written: `key_id` names the key, the signature is base64."""
         return _statement(self.ledger, self.tenant, self.size, self.root, self.time) | {
             "certificate": self.certificate.decode(),
-            "key_id": key_id(parse_certificate(self.certificate)),
+            "key_id": public_key_digest(self.certificate),
             "signature": base64.b64encode(self.signature).decode(),
         }
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from symbiosis.errors import CertificateError
-from symbiosis.protocols.canonical import sha256_hex
-from symbiosis.protocols.identity import Credentials, parse_certificate
+from symbiosis.protocols.identity import Credentials, key_digest, parse_certificate
 from symbiosis.protocols.keyfiles import PARSE_ERRORS
 
 
@@ -34,20 +32,12 @@ class Signer:
         self._key = key
         self.certificate_pem = credentials.certificate_pem
         """Says whose signature it is."""
-        self.key_id = key_id(certificate)
+        self.key_id = key_digest(certificate.public_key())
         """SHA-256 of the public key, 64 hexadecimal digits."""
 
     def sign(self, data: bytes) -> bytes:
         """The signature, DER."""
         return self._key.sign(data, ec.ECDSA(hashes.SHA256()))
-
-
-def key_id(certificate: x509.Certificate) -> str:
-    """SHA-256 of a certificate's public key (SubjectPublicKeyInfo, DER), 64 hexadecimal digits."""
-    public = certificate.public_key().public_bytes(
-        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
-    return sha256_hex(public)
 
 
 def is_signed_by(certificate_pem: bytes, data: bytes, signature: bytes) -> bool:

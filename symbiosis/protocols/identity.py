@@ -159,6 +159,15 @@ def key_digest(key: PublicKeyTypes) -> str:
     return hashlib.sha256(info).hexdigest()
 
 
+def public_key_digest(certificate_pem: bytes) -> str:
+    """As `key_digest`, of the key that a certificate is for.
+
+    Raises:
+        CertificateError: not a certificate.
+    """
+    return key_digest(parse_certificate(certificate_pem).public_key())
+
+
 def serves_as(certificate: x509.Certificate, purpose: x509.ObjectIdentifier) -> bool:
     """Whether the extended key usage lists `purpose` (RFC 5280 section 4.2.1.12); an absent one lists nothing."""
     try:

@@ -8,18 +8,9 @@ import ssl
 from symbiosis.errors import HostUnavailableError
 from symbiosis.protocols.addresses import split_address
 from symbiosis.protocols.diagnose import refused_handshake
-from symbiosis.protocols.identity import Credentials, key_digest, parse_certificate
+from symbiosis.protocols.identity import Credentials, public_key_digest
 from symbiosis.protocols.shm import HOST_NAME, is_shm_address, socket_path
 from symbiosis.protocols.tls import handshake, stranger_context, tenant_context, tenant_handshake
-
-
-def public_key_digest(certificate_pem: bytes) -> str:
-    """SHA-256 of a certificate's public key (its SubjectPublicKeyInfo), hexadecimal.
-
-    Raises:
-        CertificateError: not a certificate.
-    """
-    return key_digest(parse_certificate(certificate_pem).public_key())
 
 
 def peer_at(address: str, credentials: Credentials, *, timeout_s: float = 5.0) -> str:

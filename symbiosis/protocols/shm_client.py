@@ -17,9 +17,8 @@ from pathlib import Path
 from symbiosis.errors import FrameError, HostUnavailableError, IdentityError, ProtocolError, SymbiosisError
 from symbiosis.protocols.codec import Assembler, Encoded, Reply, Request, reply_reader
 from symbiosis.protocols.diagnose import refused_handshake
-from symbiosis.protocols.identity import Credentials
+from symbiosis.protocols.identity import Credentials, public_key_digest
 from symbiosis.protocols.messages import Call, Draw, Welcome
-from symbiosis.protocols.peer import public_key_digest
 from symbiosis.protocols.shm import (
     HOST_NAME,
     RING,

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import socket
 import threading
@@ -22,6 +21,7 @@ from symbiosis.protocols.enrolment import MAX_ENROLMENT_BYTES
 from symbiosis.protocols.identity import Credentials
 from symbiosis.protocols.shm_control import ControlChannel
 from symbiosis.protocols.tls import host_context
+from symbiosis.server.acceptor import Acceptor
 from symbiosis.server.enrolment import Enrolment
 from symbiosis.server.host_identity import Contexts, CredentialsSource, source_of
 from symbiosis.server.rate_limit import RateLimitConfig
@@ -81,15 +81,16 @@ class EnrolmentService:
         self._config = config or EnrolmentConfig()
         self._enrolment = enrolment
         self._contexts = Contexts(source_of(credentials), partial(host_context, strangers=True))  # rule 1
-        self._listener = _listen(self._config.address)
+        listener = _listen(self._config.address)
         host = self._config.address.rpartition(":")[0]
-        self.address = f"{host}:{self._listener.getsockname()[1]}"
-        self._places = threading.Semaphore(self._config.max_connections)
+        self.address = f"{host}:{listener.getsockname()[1]}"
         self._changed = threading.Condition()
         self._channels: dict[ControlChannel, str] = {}
         self._closing = False
-        self._acceptor = threading.Thread(target=self._accept, name="symbiosis-enrolment", daemon=True)
-        self._acceptor.start()
+        self._connections = Acceptor(  # rule 3
+            listener, places=self._config.max_connections, receive=self._receive, name="symbiosis-enrolment"
+        )
+        self._connections.start()
 
     def close(self) -> None:
         """Take no new connections and end those that are open. A second call does nothing."""
@@ -97,11 +98,7 @@ class EnrolmentService:
             if self._closing:
                 return
             self._closing = True
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the acceptor; closing alone does not
-        self._places.release()  # it may wait for this instead
-        self._acceptor.join()
-        self._listener.close()
+        self._connections.close()
         with self._changed:
             for channel in self._channels:
                 channel.hang_up()
@@ -113,32 +110,13 @@ class EnrolmentService:
     def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
         self.close()
 
-    def _accept(self) -> None:
-        while True:
-            self._places.acquire()  # rule 3
-            try:
-                connection, address = self._listener.accept()
-            except OSError as error:
-                self._places.release()
-                with self._changed:
-                    if self._closing:
-                        return
-                    _log.warning("a connection could not be taken: %s", error.strerror)
-                    self._changed.wait(1.0)  # descriptors are short; a connection that ends gives some back
-                continue
-            try:
-                self._receive(connection, str(address[0]))
-            except Exception:  # the system has no thread left, say
-                _log.exception("a connection could not be served")
-                connection.close()
-                self._places.release()
-
-    def _receive(self, connection: socket.socket, source: str) -> None:
+    def _receive(self, connection: socket.socket, address: tuple[str, int]) -> None:
+        source = address[0]
         with self._changed:
             full = Counter(self._channels.values())[source] >= self._config.max_from_one
         if full:
             connection.close()
-            self._places.release()
+            self._connections.release()
             return
         channel = ControlChannel(connection, self._contexts.current(), server_name=None)
         thread = threading.Thread(
@@ -163,7 +141,7 @@ class EnrolmentService:
                 channel.close()
                 del self._channels[channel]
                 self._changed.notify_all()
-            self._places.release()
+            self._connections.release()
 
 
 def _listen(address: str) -> socket.socket:

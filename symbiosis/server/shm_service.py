@@ -46,6 +46,7 @@ from symbiosis.protocols.shm_control import ControlChannel
 from symbiosis.protocols.status import refusal_of
 from symbiosis.protocols.tls import host_context
 from symbiosis.protocols.transport import Handler
+from symbiosis.server.acceptor import Acceptor
 from symbiosis.server.access import Access, Peer
 from symbiosis.server.answering import peer_of
 from symbiosis.server.bells import Bells
@@ -123,19 +124,20 @@ class ShmService:
         self._config = config
         self._contexts = Contexts(source_of(credentials), host_context)
         self._path = Path(config.path)
-        self._listener = _listen(self._path)
+        listener = _listen(self._path)
         self._inode = os.stat(self._path).st_ino
         self.address = f"{SCHEME}{self._path}"
         self._bells = Bells()
         self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="symbiosis-shm-rows")
-        self._handshakes = threading.Semaphore(config.max_handshakes)
         self._changed = threading.Condition()
         self._channels: dict[ControlChannel, threading.Thread] = {}
         self._sessions = 0
         self._closing = False
         self._closed = threading.Event()
-        self._acceptor = threading.Thread(target=self._accept, name="symbiosis-shm-accept", daemon=True)
-        self._acceptor.start()
+        self._handshakes = Acceptor(
+            listener, places=config.max_handshakes, receive=self._receive, name="symbiosis-shm-accept"
+        )
+        self._handshakes.start()
 
     def wait(self) -> None:
         """Block until the service ends."""
@@ -149,11 +151,7 @@ class ShmService:
             if self._closing:
                 return
             self._closing = True
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the acceptor; closing alone does not
-        self._handshakes.release()  # it may wait for this instead
-        self._acceptor.join()
-        self._listener.close()
+        self._handshakes.close()
         with contextlib.suppress(OSError):
             if os.stat(self._path).st_ino == self._inode:
                 os.unlink(self._path)
@@ -173,27 +171,7 @@ class ShmService:
     def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
         self.close()
 
-    def _accept(self) -> None:
-        while True:
-            self._handshakes.acquire()
-            try:
-                connection, _ = self._listener.accept()
-            except OSError as error:
-                self._handshakes.release()
-                with self._changed:
-                    if self._closing:
-                        return
-                    _log.warning("a connection could not be taken: %s", error.strerror)
-                    self._changed.wait(1.0)  # descriptors are short; one that ends gives some back
-                continue
-            try:
-                self._receive(connection)
-            except Exception:  # the system has no thread left, say
-                _log.exception("a connection could not be served")
-                connection.close()
-                self._handshakes.release()
-
-    def _receive(self, connection: socket.socket) -> None:
+    def _receive(self, connection: socket.socket, _: object) -> None:
         """Meet a connection on a thread of its own, which gives the handshake's place back."""
         user = peer_user(connection)
         if not is_trusted_user(user, own=os.geteuid()):

@@ -120,7 +120,7 @@ def attack(this: Attack, evidence: Evidence, truth: Truth | None = None, *, seed
 def same_randomness(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Pads, noise and session ids that are the same in every run of a test."""
     draw = SimpleNamespace(token_bytes=random.Random(seed).randbytes)
-    for module in ("privacy.pad_source", "privacy.randomness", "clients.session"):
+    for module in ("privacy.pad_source", "privacy.randomness", "clients.conversation"):
         monkeypatch.setattr(f"symbiosis.{module}.secrets", draw)
 
 

@@ -73,9 +73,9 @@ class Recoveries:
     def __init__(self, base: Base, killer: Killer) -> None:
         self._killer, self._seen, self._resumed = killer, 0, False
         self.seconds: list[float] = []
-        session: Any = base._session
-        self._exchange, self._resume = session._exchange, session._resume
-        session._exchange, session._resume = self._timed, self._noted
+        conversation: Any = base._session._conversation
+        self._exchange, self._resume = conversation.exchange, conversation._resume
+        conversation.exchange, conversation._resume = self._timed, self._noted
 
     def _noted(self, *arguments: Any) -> None:
         self._resume(*arguments)
@@ -83,7 +83,7 @@ class Recoveries:
 
     def _timed(self, request: Any, **options: Any) -> Any:
         reply = self._exchange(request, **options)
-        if self._resumed and request.__class__.__name__ != "Hello":
+        if self._resumed:
             self._resumed = False
             now_s, killed = time.monotonic(), self._killer.killed_s
             if len(killed) > self._seen:  # of kills without an answer in between, the first one counts

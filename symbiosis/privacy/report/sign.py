@@ -18,9 +18,9 @@ from typing import Any
 from symbiosis.errors import ReportError
 from symbiosis.privacy.report.model import Report
 from symbiosis.privacy.report.words import visible
-from symbiosis.privacy.signing import Signer, is_signed_by, key_id
+from symbiosis.privacy.signing import Signer, is_signed_by
 from symbiosis.protocols.canonical import canonical_json, sha256_hex
-from symbiosis.protocols.identity import issued_by, parse_certificate, tenant_of
+from symbiosis.protocols.identity import issued_by, parse_certificate, public_key_digest, tenant_of
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
@@ -106,7 +106,7 @@ def verify_envelope(envelope: bytes, certificate_pem: bytes, *, authority_pem: b
     message = pae(payload_type, payload)
     # The key id is a hint that nobody signed: every signature is tried.
     if not any(is_signed_by(certificate_pem, message, signature) for signature in signatures):
-        key = key_id(certificate)[:16]
+        key = public_key_digest(certificate_pem)[:16]
         raise ReportError(f"the report was not signed by the key {key}…, or it was changed since", _DISTRUST)
     statement = _statement(payload)
     named, tenant = statement["predicate"].get("tenant"), tenant_of(certificate_pem)

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from symbiosis.clients.base import Base
 from symbiosis.protocols._generated import symbiosis_wire_pb2 as pb
-from symbiosis.protocols.codec import Assembler, Pending, Reply, Request, encode_request, reply_reader
+from symbiosis.protocols.decoding import Assembler, Pending, reply_reader
+from symbiosis.protocols.encoding import Reply, Request, encode_request
 from symbiosis.protocols.identity import Credentials
 from symbiosis.protocols.messages import Answer, Blob, Call, Direction, Hello, Welcome
 from symbiosis.protocols.shm import HOST_NAME, RING, SharedMemory, socket_path

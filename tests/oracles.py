@@ -21,7 +21,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from symbiosis.protocols.codec import Assembler, Reply, Request, encode_request, reply_reader
+from symbiosis.protocols.decoding import Assembler, reply_reader
+from symbiosis.protocols.encoding import Reply, Request, encode_request
 from symbiosis.protocols.grpc_client import CHANNEL_OPTIONS, METHOD
 from symbiosis.protocols.identity import Credentials
 from symbiosis.protocols.messages import Direction, Fetch, Hello

@@ -1,4 +1,4 @@
-"""The codec: what goes in comes out, and nothing else comes in. Rules as `protocols.codec` numbers them."""
+"""The codec: what goes in comes out, and nothing else comes in. Rules as `protocols.decoding` numbers them."""
 
 from __future__ import annotations
 
@@ -28,17 +28,8 @@ from symbiosis.errors import (
     VersionError,
 )
 from symbiosis.protocols._generated import symbiosis_wire_pb2 as pb
-from symbiosis.protocols.codec import (
-    Admit,
-    Assembler,
-    Encoded,
-    Reply,
-    Request,
-    encode_reply,
-    encode_request,
-    reply_reader,
-    request_reader,
-)
+from symbiosis.protocols.decoding import Admit, Assembler, reply_reader, request_reader
+from symbiosis.protocols.encoding import Encoded, Reply, Request, encode_reply, encode_request
 from symbiosis.protocols.limits import (
     MAX_BLOB_BYTES,
     MAX_CHUNK_BYTES,

@@ -39,7 +39,7 @@ from symbiosis.privacy import Mechanism, Plaintext, read_transcript
 from symbiosis.privacy.ledger import Ledger, iterate, verify
 from symbiosis.privacy.mechanism import Concealed, Group
 from symbiosis.protocols.canonical import sha256_hex
-from symbiosis.protocols.codec import Encoded, encode_request
+from symbiosis.protocols.encoding import Encoded, encode_request
 from symbiosis.protocols.inprocess import InProcessTransport
 from symbiosis.protocols.manifest import Manifest, Publish
 from symbiosis.protocols.messages import Answer, BlobKind, Call, Direction, Fetch, Hello, Segment, Welcome

@@ -44,7 +44,7 @@ from symbiosis.errors import ConfigurationError, SymbiosisError
 from symbiosis.privacy.ledger import iterate, verify
 from symbiosis.protocols.authority import Authority
 from symbiosis.protocols.checkup import Check, Status, failed, failed_by, guarded, lasting, modes, ok, skipped, verdict
-from symbiosis.protocols.codec import Reply, Request
+from symbiosis.protocols.encoding import Reply, Request
 from symbiosis.protocols.identity import parse_certificate, utc_now
 from symbiosis.protocols.identity_directory import create_request, install_certificate, write_renewal_address
 from symbiosis.protocols.manifest import Publish

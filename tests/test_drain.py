@@ -33,7 +33,7 @@ from symbiosis.clients.retry import RetryConfig
 from symbiosis.errors import HostUnavailableError
 from symbiosis.privacy.ledger import iterate, verify
 from symbiosis.protocols.authority import Authority
-from symbiosis.protocols.codec import Reply, Request, encode_request
+from symbiosis.protocols.encoding import Reply, Request, encode_request
 from symbiosis.protocols.identity_directory import load_credentials
 from symbiosis.protocols.messages import Answer, BlobKind, Call, Draw, Fetch
 from symbiosis.server.access import Access

@@ -30,7 +30,7 @@ from symbiosis.privacy import read_transcript
 from symbiosis.privacy.ledger import Ledger, iterate, verify
 from symbiosis.protocols import field
 from symbiosis.protocols.canonical import sha256_hex
-from symbiosis.protocols.codec import encode_request
+from symbiosis.protocols.encoding import encode_request
 from symbiosis.protocols.field import FIELD_DTYPE, P, Words, derive_key, draw, keystream, replaced
 from symbiosis.protocols.messages import (
     FLOAT_DTYPES,

@@ -88,7 +88,7 @@ def test_imports_follow_the_arrows(path: Path) -> None:
         ("clients/base.py", "from symbiosis import simulations"),
         ("clients/base.py", "from ..server.host import Host"),
         ("clients/__init__.py", "HOMES = {'x': 'symbiosis.server.host'}"),
-        ("protocols/codec.py", "from symbiosis.privacy import Plaintext"),
+        ("protocols/encoding.py", "from symbiosis.privacy import Plaintext"),
         ("errors.py", "from symbiosis.protocols.limits import MAX_CHUNK_BYTES"),
         ("simulations/local.py", "import symbiosis.cli"),
     ],

@@ -28,7 +28,7 @@ from symbiosis.errors import HostUnavailableError, OverloadedError
 from symbiosis.privacy import Plaintext, read_transcript
 from symbiosis.privacy.ledger import Ledger, iterate, verify
 from symbiosis.protocols.authority import Authority
-from symbiosis.protocols.codec import encode_request
+from symbiosis.protocols.encoding import encode_request
 from symbiosis.protocols.identity_directory import load_credentials
 from symbiosis.protocols.inprocess import InProcessTransport
 from symbiosis.protocols.messages import Answer, Blob, BlobKind, Call, Direction, Fetch, Welcome

@@ -38,7 +38,7 @@ from symbiosis.privacy import Pad, PadConfig, read_transcript
 from symbiosis.privacy.audit.randomness_checks import irregularities
 from symbiosis.privacy.ledger import verify
 from symbiosis.privacy.modes import resolve_mechanism
-from symbiosis.protocols.codec import Reply, Request
+from symbiosis.protocols.encoding import Reply, Request
 from symbiosis.protocols.manifest import Storage
 from symbiosis.protocols.messages import Answer, Call, Direction, Draw, Segment
 from symbiosis.server.host import Host

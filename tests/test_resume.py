@@ -22,7 +22,7 @@ from symbiosis.clients.retry import Patience, RetryConfig
 from symbiosis.errors import CertificateError, HostUnavailableError, ProtocolError, SymbiosisError
 from symbiosis.privacy.ledger import iterate, verify
 from symbiosis.protocols.authority import Authority
-from symbiosis.protocols.codec import Reply, Request
+from symbiosis.protocols.encoding import Reply, Request
 from symbiosis.protocols.identity_directory import create_request, install_certificate
 from symbiosis.protocols.messages import Call
 from symbiosis.server.base import host_model

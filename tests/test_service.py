@@ -47,8 +47,8 @@ from symbiosis.privacy import Plaintext, read_transcript
 from symbiosis.privacy.ledger import Ledger, iterate, verify
 from symbiosis.protocols._generated import symbiosis_wire_pb2 as pb
 from symbiosis.protocols.authority import Authority
-from symbiosis.protocols.codec import Reply, Request
 from symbiosis.protocols.diagnose import handshake_error
+from symbiosis.protocols.encoding import Reply, Request
 from symbiosis.protocols.grpc_client import METHOD, GrpcTransport
 from symbiosis.protocols.identity import Credentials
 from symbiosis.protocols.identity_directory import create_request, install_certificate, load_credentials

@@ -44,7 +44,7 @@ from symbiosis.errors import (
 )
 from symbiosis.protocols._generated import symbiosis_wire_pb2 as pb
 from symbiosis.protocols.authority import Authority
-from symbiosis.protocols.codec import Reply, encode_request
+from symbiosis.protocols.encoding import Reply, encode_request
 from symbiosis.protocols.identity import Credentials
 from symbiosis.protocols.identity_directory import create_request, load_credentials
 from symbiosis.protocols.limits import MAX_CHUNK_BYTES, MAX_GROUP_LAYERS, MAX_HEADER_BYTES, MAX_MESSAGE_BYTES

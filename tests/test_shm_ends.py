@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from symbiosis.clients import connect
 from symbiosis.errors import ConfigurationError, HostUnavailableError, IdentityError, ProtocolError, SymbiosisError
 from symbiosis.protocols.authority import Authority
-from symbiosis.protocols.codec import encode_request
+from symbiosis.protocols.encoding import encode_request
 from symbiosis.protocols.identity_directory import load_credentials
 from symbiosis.protocols.messages import Hello
 from symbiosis.protocols.shm import socket_path
@@ -64,7 +64,7 @@ def scripted(model: PreTrainedModel) -> Iterator[Script]:
 
 TENANT = """
 import sys, torch
-from symbiosis.protocols.codec import encode_request
+from symbiosis.protocols.encoding import encode_request
 from symbiosis.protocols.identity_directory import load_credentials
 from symbiosis.protocols.messages import Call, Direction, Hello
 from symbiosis.protocols.shm_client import ShmTransport

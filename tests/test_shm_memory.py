@@ -14,14 +14,8 @@ from hypothesis import strategies as st
 from neighbours import honest_call
 
 from symbiosis.errors import FrameError, ProtocolError
-from symbiosis.protocols.codec import (
-    HeaderReader,
-    Request,
-    encode_reply,
-    encode_request,
-    reply_header,
-    request_reader,
-)
+from symbiosis.protocols.decoding import HeaderReader, request_reader
+from symbiosis.protocols.encoding import Request, encode_reply, encode_request, reply_header
 from symbiosis.protocols.limits import MAX_HEADER_BYTES
 from symbiosis.protocols.messages import WIRE_DTYPES, Answer, Call, Direction, Segment
 from symbiosis.protocols.shm import SharedMemory, create_file

@@ -39,7 +39,7 @@ from symbiosis.errors import (
 from symbiosis.privacy import Plaintext
 from symbiosis.privacy.ledger import Ledger
 from symbiosis.protocols.canonical import sha256_hex
-from symbiosis.protocols.codec import Reply, Request, encode_request
+from symbiosis.protocols.encoding import Reply, Request, encode_request
 from symbiosis.protocols.field import P, draw
 from symbiosis.protocols.grpc_client import GrpcTransport
 from symbiosis.protocols.identity_directory import load_credentials

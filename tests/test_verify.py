@@ -39,7 +39,7 @@ from symbiosis.privacy import (
     Plaintext,
 )
 from symbiosis.privacy.ledger import Ledger
-from symbiosis.protocols.codec import Reply, Request
+from symbiosis.protocols.encoding import Reply, Request
 from symbiosis.protocols.inprocess import InProcessTransport
 from symbiosis.protocols.manifest import Publish, Storage
 from symbiosis.protocols.messages import Answer, Blob, BlobKind, Call, Direction, Draw, Fetch, Segment

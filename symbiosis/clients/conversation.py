@@ -19,7 +19,7 @@ from symbiosis.errors import (
     SymbiosisError,
     VersionError,
 )
-from symbiosis.protocols.codec import Encoded, Reply, Request, encode_request
+from symbiosis.protocols.encoding import Encoded, Reply, Request, encode_request
 from symbiosis.protocols.limits import MAX_HEADER_BYTES, PROTOCOL_VERSION
 from symbiosis.protocols.manifest import Manifest
 from symbiosis.protocols.messages import Call, Draw, Fetch, Hello, Welcome

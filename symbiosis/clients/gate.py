@@ -27,7 +27,7 @@ from symbiosis.clients.row_copy import RowCopy
 from symbiosis.errors import CustodyError
 from symbiosis.privacy.ledger import Ledger, LedgerEntry
 from symbiosis.protocols.canonical import canonical_json, sha256_hex
-from symbiosis.protocols.codec import Encoded, Request, encode_request
+from symbiosis.protocols.encoding import Encoded, Request, encode_request
 from symbiosis.protocols.field import KEY_BYTES
 from symbiosis.protocols.manifest import Manifest, Publish
 from symbiosis.protocols.messages import BlobKind, Call, Draw, Fetch, Hello, check_rows, dtype_name

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from symbiosis.errors import HostUnavailableError, SymbiosisError
-from symbiosis.protocols.codec import Assembler, Encoded, Reply, Request, reply_reader
+from symbiosis.protocols.decoding import Assembler, reply_reader
 from symbiosis.protocols.diagnose import handshake_error
+from symbiosis.protocols.encoding import Encoded, Reply, Request
 from symbiosis.protocols.identity import Credentials
 from symbiosis.protocols.limits import GRPC_MESSAGE_BYTES
 from symbiosis.protocols.peer import peer_at

@@ -9,7 +9,7 @@ import torch
 from torch.cuda import Stream
 
 from symbiosis.errors import HostUnavailableError
-from symbiosis.protocols.codec import Encoded, Reply, Request, reply_byte_count
+from symbiosis.protocols.encoding import Encoded, Reply, Request, reply_byte_count
 from symbiosis.protocols.messages import Answer, Call, Direction, Draw
 from symbiosis.protocols.status import Refusal, error_of, refusal_of
 from symbiosis.protocols.transport import Handler

@@ -15,8 +15,9 @@ import threading
 from pathlib import Path
 
 from symbiosis.errors import FrameError, HostUnavailableError, IdentityError, ProtocolError, SymbiosisError
-from symbiosis.protocols.codec import Assembler, Encoded, Reply, Request, reply_reader
+from symbiosis.protocols.decoding import Assembler, reply_reader
 from symbiosis.protocols.diagnose import refused_handshake
+from symbiosis.protocols.encoding import Encoded, Reply, Request
 from symbiosis.protocols.identity import Credentials, public_key_digest
 from symbiosis.protocols.messages import Call, Draw, Welcome
 from symbiosis.protocols.shm import (

@@ -23,7 +23,7 @@ from symbiosis.errors import FrameError
 from symbiosis.protocols.limits import MAX_CHUNK_BYTES
 
 if TYPE_CHECKING:
-    from symbiosis.protocols.codec import Encoded
+    from symbiosis.protocols.encoding import Encoded
 
 _PREFIX = struct.Struct("<I")
 _READ_BYTES = 256 << 10

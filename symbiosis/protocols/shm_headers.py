@@ -2,7 +2,7 @@
 
 One call of a session is like another but for its number. Reading a header with protobuf, checking it and making a
 tensor costs more than multiplying one row; so what came out is kept by the header's bytes without the number, and a
-header that was met before needs only its number read. Every other header is read in full by `codec`. The results are
+header that was met before needs only its number read. Every other header is read in full by `decoding`. The results are
 the same, because nothing else in a message depends on its number (a header that states two numbers gets an answer to
 one of them).
 """
@@ -15,7 +15,8 @@ from typing import TypeVar
 import torch
 
 from symbiosis.errors import ProtocolError
-from symbiosis.protocols.codec import Reply, message_bytes, reply_header, reply_reader, request_reader
+from symbiosis.protocols.decoding import reply_reader, request_reader
+from symbiosis.protocols.encoding import Reply, message_bytes, reply_header
 from symbiosis.protocols.messages import Answer, Call, Direction, Draw
 from symbiosis.protocols.shm import Area
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from symbiosis.protocols.codec import Encoded, Reply, Request
+from symbiosis.protocols.encoding import Encoded, Reply, Request
 from symbiosis.protocols.messages import Answer, Call, Direction, Draw, Fetch
 from symbiosis.protocols.status import Refusal
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 
 from symbiosis.errors import CertificateError, OverloadedError, ProtocolError, SymbiosisError
-from symbiosis.protocols.codec import Admit, Reply, Request
+from symbiosis.protocols.decoding import Admit
+from symbiosis.protocols.encoding import Reply, Request
 from symbiosis.protocols.identity import summary, tenant_of
 from symbiosis.protocols.messages import Call, Draw, Fetch, Hello
 from symbiosis.protocols.status import Refusal, refusal_of

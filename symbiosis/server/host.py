@@ -13,7 +13,7 @@ import torch
 
 from symbiosis import __version__
 from symbiosis.errors import FrameError, ShapeError, VersionError
-from symbiosis.protocols.codec import Reply, Request
+from symbiosis.protocols.encoding import Reply, Request
 from symbiosis.protocols.field import FIELD_DTYPE
 from symbiosis.protocols.field import draw as draw_pad
 from symbiosis.protocols.identity import Clock, utc_now

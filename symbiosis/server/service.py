@@ -27,7 +27,7 @@ from typing import NoReturn
 import grpc
 
 from symbiosis.errors import CertificateError, ConfigurationError, OverloadedError, SymbiosisError
-from symbiosis.protocols.codec import encode_reply
+from symbiosis.protocols.encoding import encode_reply
 from symbiosis.protocols.grpc_client import CHANNEL_OPTIONS
 from symbiosis.protocols.identity import Credentials
 from symbiosis.protocols.status import refusal_of

@@ -38,7 +38,7 @@ from symbiosis.errors import (
     ProtocolError,
     SymbiosisError,
 )
-from symbiosis.protocols.codec import encode_reply
+from symbiosis.protocols.encoding import encode_reply
 from symbiosis.protocols.identity import Credentials
 from symbiosis.protocols.limits import MAX_MESSAGE_BYTES
 from symbiosis.protocols.shm import SCHEME, is_trusted_user, peer_user, require_shared_memory, socket_path

@@ -19,7 +19,8 @@ from typing import NoReturn
 import torch
 
 from symbiosis.errors import FrameError, ProtocolError, SymbiosisError
-from symbiosis.protocols.codec import Assembler, Request, encode_reply, reply_header, request_reader
+from symbiosis.protocols.decoding import Assembler, request_reader
+from symbiosis.protocols.encoding import Request, encode_reply, reply_header
 from symbiosis.protocols.messages import Answer, Call, Direction, Draw, Welcome
 from symbiosis.protocols.shm import RING, SharedMemory, create_file
 from symbiosis.protocols.shm_control import ControlChannel

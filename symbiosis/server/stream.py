@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from types import TracebackType
 
 from symbiosis.errors import ProtocolError
-from symbiosis.protocols.codec import Assembler, Reply, Request, encode_reply, request_reader
+from symbiosis.protocols.decoding import Assembler, request_reader
+from symbiosis.protocols.encoding import Reply, Request, encode_reply
 from symbiosis.protocols.limits import MAX_MESSAGE_BYTES
 from symbiosis.protocols.messages import Welcome
 from symbiosis.protocols.status import Refusal, refusal_of

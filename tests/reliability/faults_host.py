@@ -18,7 +18,7 @@ from reliability.site import Site, wait_until
 from symbiosis.errors import LedgerError, NonFiniteError
 from symbiosis.privacy.ledger import Ledger, verify
 from symbiosis.protocols._generated import symbiosis_wire_pb2 as pb
-from symbiosis.protocols.codec import encode_request
+from symbiosis.protocols.encoding import encode_request
 from symbiosis.protocols.identity_directory import load_credentials
 from symbiosis.protocols.limits import MAX_CHUNK_BYTES
 from symbiosis.protocols.messages import Call, Direction

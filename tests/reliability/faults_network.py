@@ -15,7 +15,7 @@ from reliability.scale import Scale
 from reliability.site import Site, wait_until
 from reliability.toxic import ToxicProxy, Toxins
 from reliability.zygote import Child
-from symbiosis.protocols.codec import encode_request
+from symbiosis.protocols.encoding import encode_request
 from symbiosis.protocols.identity_directory import load_credentials
 from symbiosis.protocols.messages import Answer, Call, Direction
 

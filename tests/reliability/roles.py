@@ -26,7 +26,7 @@ from symbiosis.cli import main
 from symbiosis.clients import connect
 from symbiosis.errors import ProtocolError
 from symbiosis.protocols.authority import Authority
-from symbiosis.protocols.codec import Reply, Request, encode_reply
+from symbiosis.protocols.encoding import Reply, Request, encode_reply
 from symbiosis.protocols.grpc_client import CHANNEL_OPTIONS
 from symbiosis.protocols.identity_directory import load_credentials
 from symbiosis.protocols.messages import Answer, Call, Direction, Draw

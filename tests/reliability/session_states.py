@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from oracles import frozen_llama
 
-from symbiosis.protocols.codec import Assembler, Reply, encode_request, reply_reader
+from symbiosis.protocols.decoding import Assembler, reply_reader
+from symbiosis.protocols.encoding import Reply, encode_request
 from symbiosis.protocols.messages import Answer, Blob, BlobKind, Call, Direction, Draw, Fetch, Hello, Welcome
 from symbiosis.protocols.status import Refusal
 from symbiosis.server.admission import AdmissionConfig

@@ -19,7 +19,7 @@ from reliability.toxic import ToxicProxy, Toxins
 from reliability.zygote import Child
 from symbiosis.clients.base import Base
 from symbiosis.errors import NonFiniteError
-from symbiosis.protocols.codec import encode_request
+from symbiosis.protocols.encoding import encode_request
 from symbiosis.protocols.identity_directory import load_credentials
 from symbiosis.protocols.messages import Call, Direction
 from symbiosis.simulations.bench.statistics import fit_line

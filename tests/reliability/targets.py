@@ -23,7 +23,8 @@ from symbiosis.privacy.ledger_entry import parse_line
 from symbiosis.privacy.ledger_heads import check_heads, read_heads
 from symbiosis.privacy.signing import Signer
 from symbiosis.protocols.authority import Authority
-from symbiosis.protocols.codec import Assembler, encode_reply, encode_request, reply_reader, request_reader
+from symbiosis.protocols.decoding import Assembler, reply_reader, request_reader
+from symbiosis.protocols.encoding import encode_reply, encode_request
 from symbiosis.protocols.enrolment import (
     AskAuthority,
     AskEnrol,

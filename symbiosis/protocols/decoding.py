@@ -1,7 +1,6 @@
-"""Messages to chunks of at most 1 MiB and back. Plain integers agree before anything is allocated; no pickle anywhere.
+"""Chunks to messages. Plain integers agree before anything is allocated; no pickle anywhere.
 
-A chunk is `header length (4 bytes, little endian) | protobuf header | payload`; see `symbiosis_wire.proto`.
-Reading follows six rules, numbered where they are enforced:
+`encoding` says what a chunk is. Reading follows six rules, numbered where they are enforced:
 
 1. a chunk is at most `MAX_CHUNK_BYTES`, its header at most `MAX_HEADER_BYTES`, both within the bytes that are there;
 2. a message starts with a header and continues without one;
@@ -14,10 +13,8 @@ Reading follows six rules, numbered where they are enforced:
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -25,222 +22,13 @@ from google.protobuf.message import DecodeError
 
 from symbiosis.errors import DtypeError, FrameError, OverloadedError, ShapeError
 from symbiosis.protocols._generated import symbiosis_wire_pb2 as pb
+from symbiosis.protocols.encoding import Reply, Request
 from symbiosis.protocols.field import FIELD_DTYPE, KEY_BYTES
 from symbiosis.protocols.limits import MAX_CHUNK_BYTES, MAX_GROUP_LAYERS, MAX_HEADER_BYTES, MAX_NAME_CHARS, MAX_SEGMENTS
-from symbiosis.protocols.messages import Answer, Blob, BlobKind, Call, Direction, Draw, Fetch, Hello, Segment, Welcome
+from symbiosis.protocols.messages import Answer, Blob, Call, Direction, Draw, Fetch, Hello, Segment, Welcome
 from symbiosis.protocols.status import Refusal, refusal_of
-from symbiosis.protocols.tensors import byte_count, tensor_bytes, tensor_from_bytes
-
-_PREFIX = struct.Struct("<I")
-
-_DTYPE_TO_WIRE = {
-    torch.float32: pb.DTYPE_FLOAT32,
-    torch.float64: pb.DTYPE_FLOAT64,
-    torch.float16: pb.DTYPE_FLOAT16,
-    torch.bfloat16: pb.DTYPE_BFLOAT16,
-    FIELD_DTYPE: pb.DTYPE_FIELD32,
-}
-_DTYPE_FROM_WIRE: dict[int, torch.dtype] = {number: dtype for dtype, number in _DTYPE_TO_WIRE.items()}
-_TRAVEL = "Send float32, float64, float16, bfloat16 or field elements (uint32)"
-_DIRECTION_TO_WIRE = {Direction.FORWARD: pb.DIRECTION_FORWARD, Direction.BACKWARD: pb.DIRECTION_BACKWARD}
-_DIRECTION_FROM_WIRE = {number: direction for direction, number in _DIRECTION_TO_WIRE.items()}
-_KIND_TO_WIRE = {
-    BlobKind.MANIFEST: pb.BLOB_MANIFEST,
-    BlobKind.FILE: pb.BLOB_FILE,
-    BlobKind.TENSOR: pb.BLOB_TENSOR,
-    BlobKind.FACTS: pb.BLOB_FACTS,
-}
-_KIND_FROM_WIRE = {number: kind for kind, number in _KIND_TO_WIRE.items()}
-
-Request = Hello | Call | Draw | Fetch
-Reply = Welcome | Answer | Blob | Refusal
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Encoded:
-    """A message ready to leave: header and a view of its payload. What the ledger counts and the transport sends."""
-
-    header: bytes
-    payload: memoryview
-
-    @property
-    def byte_count(self) -> int:
-        """Bytes of all chunks together, length prefixes included."""
-        return message_bytes(len(self.header), len(self.payload))
-
-    @property
-    def chunk_count(self) -> int:
-        """Chunks, each of which is one gRPC message."""
-        return _chunk_count(len(self.header), len(self.payload))
-
-    def chunks(self) -> Iterator[bytes]:
-        """The chunks in order; each copies its part of the payload once, when it is asked for."""
-        header, start = self.header, 0
-        while True:
-            end = start + MAX_CHUNK_BYTES - _PREFIX.size - len(header)
-            yield b"".join((_PREFIX.pack(len(header)), header, self.payload[start:end]))
-            header, start = b"", end
-            if start >= len(self.payload):
-                return
-
-
-def message_bytes(header_bytes: int, payload_bytes: int) -> int:
-    """Bytes of a message's chunks together, length prefixes included: what is counted whatever the transport."""
-    return header_bytes + payload_bytes + _PREFIX.size * _chunk_count(header_bytes, payload_bytes)
-
-
-def _chunk_count(header_bytes: int, payload_bytes: int) -> int:
-    rest = max(0, payload_bytes - (MAX_CHUNK_BYTES - _PREFIX.size - header_bytes))
-    return 1 + -(-rest // (MAX_CHUNK_BYTES - _PREFIX.size))
-
-
-def encode_request(message: Request) -> Encoded:
-    """Encode a tenant's message.
-
-    Raises:
-        DtypeError: rows of a dtype that the wire does not carry.
-    """
-    payload = memoryview(b"")
-    match message:
-        case Hello():
-            hello = pb.Hello(protocol=message.protocol, release=message.release, session=message.session)
-            header = pb.RequestHeader(hello=hello)
-        case Call():
-            payload = tensor_bytes(message.rows)
-            return Encoded(header=_call_header(message), payload=payload)
-        case Draw():
-            header = pb.RequestHeader(draw=_draw_header(message))
-        case Fetch():
-            fetch = pb.Fetch(number=message.number, kind=_KIND_TO_WIRE[message.kind], name=message.name)
-            header = pb.RequestHeader(fetch=fetch)
-    return Encoded(header=header.SerializeToString(), payload=payload)
-
-
-def _call_header(call: Call) -> bytes:
-    """What protobuf makes of a call, at a tenth of the cost: only the number differs from one step to the next.
-
-    Fields are written in the order of their numbers, and the message number has the lowest, so that the rest can be
-    kept as bytes; a test compares with protobuf.
-    """
-    fields = pb.Call(number=call.number).SerializeToString() + _other_fields(
-        call.layers, call.direction, call.rows.dtype, tuple(call.rows.shape), call.segments
-    )
-    return b"".join((_CALL_TAG, _varint(len(fields)), fields))
-
-
-@lru_cache(maxsize=4096)
-def _other_fields(
-    layers: tuple[int, ...],
-    direction: Direction,
-    dtype: torch.dtype,
-    shape: tuple[int, int],
-    segments: tuple[Segment, ...],
-) -> bytes:
-    return pb.Call(
-        layers=layers,
-        direction=_DIRECTION_TO_WIRE[direction],
-        dtype=_wire_dtype(dtype),
-        rows=shape[0],
-        width=shape[1],
-        byte_count=byte_count(shape, dtype),
-        segment_matrices=[segment.matrix for segment in segments],
-        segment_rows=[segment.rows for segment in segments],
-    ).SerializeToString()
-
-
-def _draw_header(draw: Draw) -> pb.Draw:
-    return pb.Draw(
-        number=draw.number,
-        layers=draw.layers,
-        direction=_DIRECTION_TO_WIRE[draw.direction],
-        rows=draw.rows,
-        key=draw.key,
-        segment_matrices=[segment.matrix for segment in draw.segments],
-        segment_rows=[segment.rows for segment in draw.segments],
-    )
-
-
-_CALL_TAG = bytes([pb.RequestHeader.DESCRIPTOR.fields_by_name["call"].number << 3 | 2])
-"""Field number and wire type 2, a length and so many bytes (protobuf's encoding guide)."""
-
-
-def _varint(value: int) -> bytes:
-    """Seven bits a byte, lowest first, the highest bit set on all but the last (protobuf's encoding guide)."""
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
-
-
-def encode_reply(message: Reply) -> Encoded:
-    """Encode a host's message.
-
-    Raises:
-        DtypeError: rows of a dtype that the wire does not carry.
-    """
-    payload = memoryview(b"")
-    match message:
-        case Answer():
-            payload = tensor_bytes(message.rows)
-        case Blob():
-            payload = memoryview(message.data)
-    return Encoded(header=reply_header(message), payload=payload)
-
-
-def reply_header(message: Reply) -> bytes:
-    """The header alone, for a payload that is already where it should be.
-
-    Raises:
-        DtypeError: rows of a dtype that the wire does not carry.
-    """
-    match message:
-        case Welcome():
-            header = pb.ReplyHeader(
-                welcome=pb.Welcome(
-                    protocol=message.protocol,
-                    release=message.release,
-                    tenant=message.tenant,
-                    manifest_digest=message.manifest_digest,
-                    max_message_bytes=message.max_message_bytes,
-                    unix_ms=message.unix_ms,
-                )
-            )
-        case Answer():
-            header = _answer_header(message)
-        case Blob():
-            header = pb.ReplyHeader(number=message.number, blob=pb.Blob(byte_count=len(message.data)))
-        case Refusal():
-            refusal = pb.Refusal(
-                code=message.code,
-                message=message.message,
-                next_action=message.next_action,
-                retry_after_ms=message.retry_after_ms,
-            )
-            header = pb.ReplyHeader(number=message.number, refusal=refusal)
-    return header.SerializeToString()
-
-
-def reply_byte_count(message: Reply) -> int:
-    """Bytes of a reply's chunks together. Counted without making them where they are rows, which may be on a device."""
-    if isinstance(message, Answer):
-        return message_bytes(_answer_header(message).ByteSize(), message.rows.nbytes)
-    return encode_reply(message).byte_count
-
-
-def _answer_header(message: Answer) -> pb.ReplyHeader:
-    rows = message.rows
-    answer = pb.Answer(dtype=_wire_dtype(rows.dtype), rows=rows.shape[0], width=rows.shape[1], byte_count=rows.nbytes)
-    return pb.ReplyHeader(number=message.number, answer=answer)
-
-
-def _wire_dtype(dtype: torch.dtype) -> pb.Dtype:
-    try:
-        return _DTYPE_TO_WIRE[dtype]
-    except KeyError:
-        raise DtypeError(f"rows of {dtype} do not travel", _TRAVEL) from None
-
+from symbiosis.protocols.tensors import tensor_from_bytes
+from symbiosis.protocols.wire_tables import DIRECTION_FROM_WIRE, DTYPE_FROM_WIRE, KIND_FROM_WIRE, PREFIX, TRAVEL
 
 _Message = TypeVar("_Message")
 
@@ -405,13 +193,13 @@ def reply_reader(*, max_payload_bytes: Callable[[], int], rows_of: RowsReader = 
 
 
 def _split(chunk: bytes) -> tuple[bytes, memoryview]:
-    if not _PREFIX.size <= len(chunk) <= MAX_CHUNK_BYTES:
-        raise FrameError(f"a chunk has {len(chunk)} bytes, allowed are {_PREFIX.size} to {MAX_CHUNK_BYTES}")  # rule 1
-    (header_bytes,) = _PREFIX.unpack_from(chunk)
-    end = _PREFIX.size + header_bytes
+    if not PREFIX.size <= len(chunk) <= MAX_CHUNK_BYTES:
+        raise FrameError(f"a chunk has {len(chunk)} bytes, allowed are {PREFIX.size} to {MAX_CHUNK_BYTES}")  # rule 1
+    (header_bytes,) = PREFIX.unpack_from(chunk)
+    end = PREFIX.size + header_bytes
     if header_bytes > MAX_HEADER_BYTES or end > len(chunk):
         raise FrameError(f"a chunk of {len(chunk)} bytes announces a header of {header_bytes}")  # rule 1
-    return chunk[_PREFIX.size : end], memoryview(chunk)[end:]
+    return chunk[PREFIX.size : end], memoryview(chunk)[end:]
 
 
 _Header = TypeVar("_Header", pb.RequestHeader, pb.ReplyHeader)
@@ -446,7 +234,7 @@ def _read_welcome(welcome: pb.Welcome) -> Welcome:
 
 
 def _read_fetch(fetch: pb.Fetch) -> Fetch:
-    kind = _KIND_FROM_WIRE.get(fetch.kind)  # rule 3
+    kind = KIND_FROM_WIRE.get(fetch.kind)  # rule 3
     if kind is None or len(fetch.name) > MAX_NAME_CHARS:
         raise FrameError("a fetch names an unknown kind, or something with too long a name")
     return Fetch(number=fetch.number, kind=kind, name=fetch.name)
@@ -509,7 +297,7 @@ def _read_draw(
 
 
 def _read_group(call: pb.Call | pb.Draw) -> tuple[tuple[int, ...], Direction]:
-    direction = _DIRECTION_FROM_WIRE.get(call.direction)
+    direction = DIRECTION_FROM_WIRE.get(call.direction)
     if direction is None:
         raise FrameError("a call has no direction")  # rule 3
     if len(call.layers) > MAX_GROUP_LAYERS:
@@ -538,9 +326,9 @@ def _read_answer(answer: pb.Answer, number: int, limit: int, rows_of: RowsReader
 def _tensor_spec(
     wire_dtype: int, rows: int, width: int, announced: int, limit: int
 ) -> tuple[torch.dtype, tuple[int, int]]:
-    dtype = _DTYPE_FROM_WIRE.get(wire_dtype)
+    dtype = DTYPE_FROM_WIRE.get(wire_dtype)
     if dtype is None:
-        raise DtypeError(f"dtype number {wire_dtype} does not travel", _TRAVEL)
+        raise DtypeError(f"dtype number {wire_dtype} does not travel", TRAVEL)
     if rows == 0 or width == 0:
         raise ShapeError(f"a tensor of {rows} rows of width {width} has no elements", "Send at least one row")
     if rows * width * dtype.itemsize != announced:  # rule 4; Python's integers do not overflow

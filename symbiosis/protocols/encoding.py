@@ -67,20 +67,18 @@ def encode_request(message: Request) -> Encoded:
     Raises:
         DtypeError: rows of a dtype that the wire does not carry.
     """
-    payload = memoryview(b"")
     match message:
         case Hello():
             hello = pb.Hello(protocol=message.protocol, release=message.release, session=message.session)
             header = pb.RequestHeader(hello=hello)
         case Call():
-            payload = tensor_bytes(message.rows)
-            return Encoded(header=_call_header(message), payload=payload)
+            return Encoded(header=_call_header(message), payload=tensor_bytes(message.rows))
         case Draw():
             header = pb.RequestHeader(draw=_draw_header(message))
         case Fetch():
             fetch = pb.Fetch(number=message.number, kind=KIND_TO_WIRE[message.kind], name=message.name)
             header = pb.RequestHeader(fetch=fetch)
-    return Encoded(header=header.SerializeToString(), payload=payload)
+    return Encoded(header=header.SerializeToString(), payload=memoryview(b""))
 
 
 def _call_header(call: Call) -> bytes:
@@ -92,7 +90,7 @@ def _call_header(call: Call) -> bytes:
     fields = pb.Call(number=call.number).SerializeToString() + _other_fields(
         call.layers, call.direction, call.rows.dtype, tuple(call.rows.shape), call.segments
     )
-    return b"".join((_CALL_TAG, _varint(len(fields)), fields))
+    return b"".join((_CALL_TAG, varint(len(fields)), fields))
 
 
 @lru_cache(maxsize=4096)
@@ -131,7 +129,7 @@ _CALL_TAG = bytes([pb.RequestHeader.DESCRIPTOR.fields_by_name["call"].number << 
 """Field number and wire type 2, a length and so many bytes (protobuf's encoding guide)."""
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
     """Seven bits a byte, lowest first, the highest bit set on all but the last (protobuf's encoding guide)."""
     encoded = bytearray()
     while value > 0x7F:

@@ -16,7 +16,7 @@ import torch
 
 from symbiosis.errors import ProtocolError
 from symbiosis.protocols.decoding import reply_reader, request_reader
-from symbiosis.protocols.encoding import Reply, message_bytes, reply_header
+from symbiosis.protocols.encoding import Reply, message_bytes, reply_header, varint
 from symbiosis.protocols.messages import Answer, Call, Direction, Draw
 from symbiosis.protocols.shm import Area
 
@@ -124,7 +124,7 @@ class AnswerWriter:
         key = (answer.rows.dtype, answer.rows.shape)
         known = self._known.get(key)
         if known and answer.number > 0:  # protobuf leaves a zero out
-            return _NUMBER + _varint(answer.number) + known
+            return _NUMBER + varint(answer.number) + known
         header = reply_header(answer)
         if answer.number > 0:
             _keep(self._known, key, split_reply(header)[1])
@@ -164,15 +164,6 @@ def _read_varint(data: bytes, start: int) -> tuple[int, int]:
             return value, position + 1
         shift += 7
     return 0, 0
-
-
-def _varint(number: int) -> bytes:
-    data = bytearray()
-    while number > 0x7F:
-        data.append(number & 0x7F | 0x80)
-        number >>= 7
-    data.append(number)
-    return bytes(data)
 
 
 def _keep(known: dict[_Key, _Value], key: _Key, value: _Value) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from reliability.scale import Scale
-from reliability.site import Site, digests, wait_until
+from reliability.site import Site, digests
+from reliability.waiting import wait_until
 from reliability.zygote import Child
 from symbiosis.clients.base import Base
 from symbiosis.errors import SymbiosisError

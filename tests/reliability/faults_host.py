@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from reliability.fault import Bounded, Found, fault, resident_bytes, trains_right
 from reliability.scale import Scale
-from reliability.site import Site, wait_until
+from reliability.site import Site
+from reliability.waiting import wait_until
 from symbiosis.errors import LedgerError, NonFiniteError
 from symbiosis.privacy.ledger import Ledger, verify
 from symbiosis.protocols._generated import symbiosis_wire_pb2 as pb

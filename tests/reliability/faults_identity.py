@@ -12,8 +12,9 @@ from oracles import RawStream, frozen_llama
 
 from reliability.fault import STEPS, Found, fault, trains_right
 from reliability.scale import Scale
-from reliability.site import Site, digests, wait_until
+from reliability.site import Site, digests
 from reliability.toxic import ToxicProxy
+from reliability.waiting import wait_until
 from reliability.zygote import Child
 from symbiosis.clients.base import Base
 from symbiosis.clients.joining import join as enrol_at

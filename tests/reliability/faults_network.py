@@ -12,8 +12,9 @@ from oracles import RawStream
 
 from reliability.fault import Bounded, Found, fault, trains_right
 from reliability.scale import Scale
-from reliability.site import Site, wait_until
+from reliability.site import Site
 from reliability.toxic import ToxicProxy, Toxins
+from reliability.waiting import wait_until
 from reliability.zygote import Child
 from symbiosis.protocols.encoding import encode_request
 from symbiosis.protocols.identity_directory import load_credentials

@@ -6,7 +6,6 @@ import hashlib
 import json
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -18,6 +17,7 @@ import torch
 from oracles import LLAMA_TARGETS, frozen_llama, sentences, with_lora
 from transformers import AutoModelForCausalLM
 
+from reliability.waiting import wait_until
 from reliability.zygote import Child, Zygote
 from symbiosis.clients import connect
 from symbiosis.clients.base import Base
@@ -138,17 +138,3 @@ def digest_of(tensors: list[torch.nn.Parameter]) -> str:
     for tensor in tensors:
         hashed.update(tensor.detach().numpy().tobytes())
     return hashed.hexdigest()
-
-
-def wait_until(true: Callable[[], bool], *, timeout_s: float = 30.0) -> float:
-    """Wait for something that happens elsewhere; how long it took (seconds).
-
-    Raises:
-        TimeoutError: it did not happen.
-    """
-    begun_s = time.monotonic()
-    while not true():
-        if time.monotonic() - begun_s > timeout_s:
-            raise TimeoutError("what was waited for did not happen")
-        time.sleep(0.005)
-    return time.monotonic() - begun_s

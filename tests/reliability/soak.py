@@ -14,8 +14,9 @@ import torch
 from oracles import RawStream, relative_error
 
 from reliability.fault import BACK_S, Found, descriptors, resident_bytes, trains_right
-from reliability.site import Site, wait_until
+from reliability.site import Site
 from reliability.toxic import ToxicProxy, Toxins
+from reliability.waiting import wait_until
 from reliability.zygote import Child
 from symbiosis.clients.base import Base
 from symbiosis.errors import NonFiniteError

@@ -15,15 +15,14 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from reliability.waiting import wait_until
+
 _TESTS = Path(__file__).parents[1]
 _PR_SET_PDEATHSIG = 1  # prctl(2)
-_ALONE_S = 30.0
-"""How long a thread may take to end (seconds)."""
 
 
 class Child:
@@ -139,11 +138,10 @@ def _until_alone() -> None:
     Raises:
         RuntimeError: there are others, and a process with threads cannot fork.
     """
-    until_s = time.monotonic() + _ALONE_S
-    while len(os.listdir("/proc/self/task")) > 1:
-        if time.monotonic() > until_s:
-            raise RuntimeError(f"a process with threads cannot fork: {threading.enumerate()}")
-        time.sleep(0.001)
+    try:
+        wait_until(lambda: len(os.listdir("/proc/self/task")) == 1)
+    except TimeoutError:
+        raise RuntimeError(f"a process with threads cannot fork: {threading.enumerate()}") from None
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ def main() -> None:
     """Measure, print one JSON object, and write it where `--out` says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where the result is written, too")
-    parser.add_argument("--models", type=Path, default=DEFAULT_MODELS.expanduser(), help="where models are kept")
+    parser.add_argument("--models", type=Path, default=DEFAULT_MODELS, help="where models are kept")
     parser.add_argument("--preset", default="default", choices=ROUNDS, help="tiny takes seconds and says nothing")
     chosen = parser.parse_args()
     preset = preset_of(chosen.preset)
